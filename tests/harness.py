@@ -1,0 +1,238 @@
+"""What the tests share: datagrams, a clock that is moved by hand, and the daemon started as a user starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+TOP = Path(__file__).resolve().parent.parent
+CAPTURED = TOP.parent / "shared" / "data" / "captured_engine_states.jsonl"
+DEADLINE_S = 30.0  # generous: reached only where something is broken
+
+GUIDE_EXAMPLE: dict[str, Any] = {
+    "engine_id": "test",
+    "timestamp_ms": 1234567890,
+    "latency_pred_ms": 100.0,
+    "scheduling_mode": "latency_optimized",
+    "pending_tokens_total": 10,
+    "kv_cache_free_blocks": 100,
+    "kv_cache_total_blocks": 1000,
+    "engine_capacity": 1000.0,
+}
+PLACEHOLDERS: dict[str, Any] = {
+    "latency_pred_ms": 0.0,
+    "pending_tokens_total": 0,
+    "kv_cache_free_blocks": -1,
+    "kv_cache_total_blocks": -1,
+    "engine_capacity": 0.0,
+}
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    """The eight fields of a state, with some changed."""
+    return {**GUIDE_EXAMPLE, **changes}
+
+
+def datagram(**changes: Any) -> bytes:
+    """A state as an engine sends it."""
+    return json.dumps(fields(**changes)).encode()
+
+
+def heartbeat(**changes: Any) -> bytes:
+    """A heartbeat as an engine's agent sends it."""
+    return datagram(**{**PLACEHOLDERS, **changes})
+
+
+class FakeClock:
+    """A clock in seconds that moves only when it is told to."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def move(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def wait_until(what: str, happened: Callable[[], Any]) -> Any:
+    """Ask again and again until the answer is true, and return it; fails after DEADLINE_S."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        answer = happened()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {DEADLINE_S:.0f} s in vain: {what}")
+        os.sched_yield()
+
+
+def ipv6_works() -> bool:
+    """Whether this machine has an IPv6 loopback."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def clean_environment(**settings: object) -> dict[str, str]:
+    """This process's environment without any setting of a gateway, and with those given (names without prefix)."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    for name, value in settings.items():
+        environment[name if name.startswith("VLLM_") else f"VLLM_STATE_GATEWAY_{name}"] = str(value)
+    return environment
+
+
+class Answer:
+    """A response of the query interface."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(port: int, path: str, *, method: str = "GET", host: str = "127.0.0.1") -> Answer:
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection(host, port, timeout=DEADLINE_S)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return Answer(response.status, dict(response.getheaders()), response.read())
+    finally:
+        connection.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a state log; fails where one is no JSON object."""
+    lines = path.read_bytes().split(b"\n")
+    documents = [json.loads(line) for line in lines[:-1]]
+    assert all(type(document) is dict for document in documents)
+    return documents
+
+
+def logged_states(path: Path) -> list[dict[str, Any]]:
+    """The states in a log, without the events."""
+    return [document["state"] for document in read_log(path) if "state" in document]
+
+
+class Daemon:
+    """The gateway in a process of its own, started with the README's command."""
+
+    def __init__(self, *, cwd: Path, arguments: tuple[str, ...] = (), command: Any = None, **settings: object) -> None:
+        environment = clean_environment(**{"UDP_PORT": 0, **settings})
+        self.process = subprocess.Popen(
+            command
+            or [sys.executable, *(f"-W{option}" for option in sys.warnoptions), str(TOP / "gateway.py"), *arguments],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._reader.start()
+        self.udp_port = self.http_port = 0
+
+    def _read_stderr(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._queue.put(line.decode())
+        self._queue.put(None)
+
+    def wait_for_line(self, pattern: str) -> str:
+        """The next line of its own log that matches; fails where the process ends without it."""
+        while True:
+            line = self._queue.get(timeout=DEADLINE_S)
+            if line is None:
+                self._queue.put(None)
+                raise AssertionError(f"ended without {pattern!r} in {self.lines}")
+            self.lines.append(line)
+            if re.search(pattern, line):
+                return line
+
+    def wait_ready(self) -> Daemon:
+        ready = self.wait_for_line("ready: ")
+        udp = re.search(r"UDP \S+:(\d+)", ready)
+        http_ = re.search(r"HTTP http://\S+:(\d+)", ready)
+        self.udp_port = int(udp[1]) if udp else 0
+        self.http_port = int(http_[1]) if http_ else 0
+        return self
+
+    def send(self, *datagrams: bytes, host: str = "127.0.0.1") -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            for one in datagrams:
+                sock.sendto(one, (host, self.udp_port))
+
+    def ask(self, path: str, **how: Any) -> Answer:
+        return ask(self.http_port, path, **how)
+
+    def stats(self) -> Any:
+        return self.ask("/stats").json
+
+    def wait_received(self, count: int) -> Any:
+        """The statistics once at least `count` datagrams were received."""
+        return wait_until(f"{count} received", lambda: (s := self.stats())["total_received"] >= count and s)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait_exit(self) -> int:
+        """The exit status; `lines` has all of its own log then."""
+        status = self.process.wait(DEADLINE_S)
+        self._reader.join(DEADLINE_S)
+        while not self._queue.empty():
+            line = self._queue.get()
+            if line is not None:
+                self.lines.append(line)
+        return status
+
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait_exit()
+
+    def close(self) -> None:
+        """End the process, however it is doing."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait(DEADLINE_S)
+        self._reader.join(DEADLINE_S)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def daemon(folder: Path | None = None, **settings: object) -> Iterator[Daemon]:
+    """A daemon that is ready; its working folder is `folder` or one of its own, and it is ended at the end."""
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running = Daemon(cwd=folder, **settings)
+        stack.callback(running.close)
+        yield running.wait_ready()

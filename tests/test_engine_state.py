@@ -1,0 +1,210 @@
+"""What is a valid state, and why a datagram is not one (the contract's section 1)."""
+
+from __future__ import annotations
+
+import json
+import unittest
+from typing import Any
+
+from engine_state import FIELDS, MAX_NESTING, REASONS, InvalidDatagram, parse_datagram
+from tests.harness import CAPTURED, GUIDE_EXAMPLE, PLACEHOLDERS, datagram, fields
+
+
+def without(field: str) -> bytes:
+    return json.dumps({name: value for name, value in GUIDE_EXAMPLE.items() if name != field}).encode()
+
+
+def raw(field: str, text: str) -> bytes:
+    """A state whose `field` has `text` as its value, to the letter."""
+    return datagram(**{field: "@@"}).replace(b'"@@"', text.encode())
+
+
+def padded(size: int) -> bytes:
+    """A valid state of exactly `size` bytes."""
+    bare = len(datagram(filler=""))
+    return datagram(filler="x" * (size - bare))
+
+
+INTEGERS = ("timestamp_ms", "pending_tokens_total", "kv_cache_free_blocks", "kv_cache_total_blocks")
+NUMBERS = ("latency_pred_ms", "engine_capacity")
+TEXTS = ("engine_id", "scheduling_mode")
+
+VALID: dict[str, bytes] = {
+    "the guide's example": datagram(),
+    "white space around": b" \r\n\t" + datagram() + b"\n \r\t",
+    "8192 bytes": padded(8192),
+    "unknown fields": datagram(newer={"nested": [1, {"a": None}]}, flag=True),
+    "a large unknown field": datagram(newer="x" * 7000),
+    "an unknown integer of 5000 digits": raw("newer", "7" * 5000),
+    "an unknown field nested deep": raw("newer", "[" * (MAX_NESTING - 1) + "]" * (MAX_NESTING - 1)),
+    "brackets in a string are no nesting": datagram(newer='["{' * 1000),
+    "an unknown field with a lone surrogate": raw("newer", r'"\ud800"'),
+    "fields in another order": json.dumps(dict(reversed(GUIDE_EXAMPLE.items()))).encode(),
+    "escaped text": raw("engine_id", r'"\u0068ttp:\/\/a"'),
+    "text beyond ASCII": json.dumps(fields(engine_id="引擎-é-😀"), ensure_ascii=False).encode(),
+    "256 characters of four bytes": json.dumps(fields(engine_id="😀" * 256), ensure_ascii=False).encode(),
+    "a mode of 64 characters": datagram(scheduling_mode="m" * 64),
+    "a mode that is new": datagram(scheduling_mode="round robin"),
+    "timestamp 0": datagram(timestamp_ms=0),
+    "timestamp 2^53": datagram(timestamp_ms=2**53),
+    "a number of 1e300": raw("latency_pred_ms", "1e300"),
+    "a number of -0.0": raw("latency_pred_ms", "-0.0"),
+    "integers as numbers": datagram(latency_pred_ms=100, engine_capacity=0),
+    "all unknown": datagram(**PLACEHOLDERS),
+    "free above total": datagram(kv_cache_free_blocks=2000),
+    **{f"a whole-number float as {name}": raw(name, "10.0") for name in INTEGERS},
+    "a whole-number float with an exponent": raw("pending_tokens_total", "1e3"),
+    "nasty but printable": datagram(engine_id="""'"\\<script>../..%2e/?#"""),
+}
+
+INVALID: dict[str, tuple[str, bytes]] = {
+    "nothing": ("not_json", b""),
+    "white space only": ("not_json", b" \n"),
+    "random bytes": ("not_utf8", bytes(range(128, 256))),
+    "a statsd line": ("not_json", b"requests:1|c"),
+    "a DNS query": ("not_json", b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x03www\x00\x00\x01\x00\x01"),
+    "a TLS hello": ("not_json", b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x03"),
+    "two objects": ("not_json", datagram() + datagram()),
+    "text after it": ("not_json", datagram() + b"x"),
+    "single quotes": ("not_json", b"{'engine_id': 'a'}"),
+    "an array": ("not_an_object", b"[" + datagram() + b"]"),
+    "null": ("not_an_object", b"null"),
+    "a string": ("not_an_object", b'"engine_id"'),
+    "a number": ("not_an_object", b"7"),
+    "an empty object": ("missing_field", b"{}"),
+    "invalid UTF-8": ("not_utf8", datagram().replace(b"test", b"te\xffst")),
+    "an overlong encoding": ("not_utf8", datagram().replace(b"test", b"te\xc0\xafst")),
+    "a surrogate in UTF-8": ("not_utf8", datagram().replace(b"test", b"te\xed\xa0\x80st")),
+    "a byte-order mark": ("not_json", b"\xef\xbb\xbf" + datagram()),
+    "UTF-16": ("not_utf8", datagram().decode().encode("utf-16")),
+    "UTF-16 without a mark": ("not_json", datagram().decode().encode("utf-16-le")),
+    "8193 bytes": ("too_large", padded(8193)),
+    "65507 bytes that begin like a valid state": ("too_large", datagram() + b" " * (65507 - len(datagram()))),
+    "nested too deep": ("too_deep", raw("newer", "[" * MAX_NESTING + "]" * MAX_NESTING)),
+    "nested too deep and never closed": ("too_deep", b"[" * 8192),
+    "objects nested too deep": ("too_deep", b'{"a":' * 1600),
+    "NaN in an unknown field": ("not_json", datagram(newer=float("nan"))),
+    "a raw newline in a string": ("not_json", datagram(engine_id="@").replace(b"@", b"a\nb")),
+    **{f"without {name}": ("missing_field", without(name)) for name in FIELDS},
+    **{f"null as {name}": ("wrong_type", datagram(**{name: None})) for name in FIELDS},
+    **{f"an array as {name}": ("wrong_type", datagram(**{name: []})) for name in FIELDS},
+    **{f"true as {name}": ("wrong_type", datagram(**{name: True})) for name in FIELDS},
+    **{f"a numeric string as {name}": ("wrong_type", datagram(**{name: "1"})) for name in INTEGERS + NUMBERS},
+    **{f"a number as {name}": ("wrong_type", datagram(**{name: 1})) for name in TEXTS},
+    **{f"a fraction as {name}": ("wrong_type", datagram(**{name: 1.5})) for name in INTEGERS},
+    **{f"NaN as {name}": ("out_of_range", raw(name, "NaN")) for name in INTEGERS + NUMBERS},
+    **{f"Infinity as {name}": ("out_of_range", raw(name, "Infinity")) for name in INTEGERS + NUMBERS},
+    **{f"-Infinity as {name}": ("out_of_range", raw(name, "-Infinity")) for name in INTEGERS + NUMBERS},
+    **{f"1e999 as {name}": ("out_of_range", raw(name, "1e999")) for name in INTEGERS + NUMBERS},
+    **{f"2^53 + 1 as {name}": ("out_of_range", raw(name, str(2**53 + 1))) for name in INTEGERS + NUMBERS},
+    **{f"17 digits as {name}": ("out_of_range", raw(name, "9" * 17)) for name in INTEGERS + NUMBERS},
+    **{f"5000 digits as {name}": ("out_of_range", raw(name, "9" * 5000)) for name in INTEGERS + NUMBERS},
+    **{f"minus 5000 digits as {name}": ("out_of_range", raw(name, "-" + "9" * 5000)) for name in INTEGERS + NUMBERS},
+    **{f"-2 as {name}": ("out_of_range", datagram(**{name: -2})) for name in INTEGERS + NUMBERS},
+    **{f"1e300 as {name}": ("out_of_range", raw(name, "1e300")) for name in INTEGERS},
+    "-1 as timestamp_ms": ("out_of_range", datagram(timestamp_ms=-1)),
+    "-1 as pending_tokens_total": ("out_of_range", datagram(pending_tokens_total=-1)),
+    "a tiny negative latency": ("out_of_range", datagram(latency_pred_ms=-1e-300)),
+    **{f"an empty {name}": ("out_of_range", datagram(**{name: ""})) for name in TEXTS},
+    "an engine_id of 257 characters": ("out_of_range", datagram(engine_id="e" * 257)),
+    "a mode of 65 characters": ("out_of_range", datagram(scheduling_mode="m" * 65)),
+    **{
+        f"{name} with {what}": ("not_printable", datagram(**{name: f"a{character}b"}))
+        for name in TEXTS
+        for what, character in {
+            "a newline": "\n",
+            "NUL": "\0",
+            "ESC": "\x1b",
+            "a bidirectional override": "\u202e",
+            "a zero-width space": "\u200b",
+            "a line separator": "\u2028",
+            "a no-break space": "\u00a0",
+            "a lone surrogate": "\ud800",
+            "a private character": "\ue000",
+        }.items()
+    },
+    "a space before engine_id": ("not_printable", datagram(engine_id=" a")),
+    "a space after engine_id": ("not_printable", datagram(engine_id="a ")),
+    "a space as engine_id": ("not_printable", datagram(engine_id=" ")),
+}
+
+
+class Validity(unittest.TestCase):
+    """Every datagram is a state with the very values that were sent, or is refused with one reason."""
+
+    def test_valid_datagrams_are_taken(self) -> None:
+        for name, one in VALID.items():
+            with self.subTest(name):
+                state = parse_datagram(one)
+                sent = json.loads(one, parse_int=lambda digits: int(digits[:20]))
+                self.assertEqual(state.as_dict(), {field: sent[field] for field in FIELDS})
+
+    def test_invalid_datagrams_are_refused_with_their_reason(self) -> None:
+        for name, (reason, one) in INVALID.items():
+            with self.subTest(name), self.assertRaises(InvalidDatagram) as refused:
+                parse_datagram(one)
+            self.assertEqual(refused.exception.reason, reason, name)
+
+    def test_every_reason_is_met_and_explained(self) -> None:
+        self.assertEqual({reason for reason, _ in INVALID.values()}, set(REASONS))
+
+    def test_the_refusal_names_the_field(self) -> None:
+        for name in FIELDS:
+            with self.subTest(name), self.assertRaises(InvalidDatagram) as refused:
+                parse_datagram(datagram(**{name: None}))
+            self.assertEqual(refused.exception.field, name)
+            self.assertIn(name, str(refused.exception))
+
+    def test_a_state_cut_at_any_byte_is_refused(self) -> None:
+        whole = datagram(engine_id="引擎")
+        for end in range(len(whole)):
+            with self.subTest(end=end), self.assertRaises(InvalidDatagram):
+                parse_datagram(whole[:end])
+
+    def test_integers_are_integers_and_numbers_stay_as_written(self) -> None:
+        state = parse_datagram(raw("pending_tokens_total", "10.0"))
+        self.assertIs(type(state.pending_tokens_total), int)
+        self.assertEqual(repr(parse_datagram(raw("latency_pred_ms", "100")).latency_pred_ms), "100")
+        self.assertEqual(
+            repr(parse_datagram(raw("latency_pred_ms", "16.11793779048644")).latency_pred_ms), "16.11793779048644"
+        )
+
+
+class Heartbeats(unittest.TestCase):
+    """A heartbeat is a state whose five load fields are all placeholders, and nothing else is."""
+
+    def test_all_five_placeholders_are_a_heartbeat(self) -> None:
+        self.assertTrue(parse_datagram(datagram(**PLACEHOLDERS)).is_heartbeat)
+        self.assertTrue(
+            parse_datagram(datagram(**{name: int(value) for name, value in PLACEHOLDERS.items()})).is_heartbeat
+        )
+
+    def test_one_real_field_makes_it_a_load_state(self) -> None:
+        for name in PLACEHOLDERS:
+            with self.subTest(name):
+                self.assertFalse(parse_datagram(datagram(**{**PLACEHOLDERS, name: 5})).is_heartbeat)
+
+    def test_an_idle_engine_that_knows_its_capacity_is_no_heartbeat(self) -> None:
+        self.assertFalse(parse_datagram(datagram(**{**PLACEHOLDERS, "engine_capacity": 59768.27})).is_heartbeat)
+
+
+class Json(unittest.TestCase):
+    """The eight fields are written as valid JSON with the values that were sent, whatever text is in them."""
+
+    def test_what_is_written_is_what_was_sent(self) -> None:
+        for name, one in VALID.items():
+            with self.subTest(name):
+                state = parse_datagram(one)
+                self.assertEqual(json.loads(f"{{{state.json_fields()}}}"), state.as_dict())
+                self.assertEqual(list(json.loads(f"{{{state.json_fields()}}}")), list(FIELDS))
+
+    @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
+    def test_a_real_engine_s_states_come_out_byte_for_byte(self) -> None:
+        for line in CAPTURED.read_text().splitlines():
+            sent: dict[str, Any] = json.loads(line)["state"]
+            one = json.dumps(sent)
+            self.assertEqual(f"{{{parse_datagram(one.encode()).json_fields()}}}", one)
+
+
+if __name__ == "__main__":
+    unittest.main()
