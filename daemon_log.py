@@ -1,0 +1,110 @@
+"""The daemon's own log, on stderr: never in the way of the work, and never a line for each datagram.
+
+`DaemonLog` is for the daemon alone; a router that has the gateway in its process keeps its own logging.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+PERIOD_S = 60.0
+EXAMPLES = 3
+QUEUED_LINES = 1000
+
+
+class OncePerMinute:
+    """One kind of line, said at most once a minute; what happens in between is counted and said with the next.
+
+    Not locked: each belongs to one thread, or is used under its owner's lock.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._quiet_until = float("-inf")
+        self._count = 0
+        self._examples: list[str] = []
+
+    def add(self) -> bool:
+        """Count one occurrence; returns whether an example of it is wanted, which only the first few are."""
+        self._count += 1
+        return self._count <= EXAMPLES
+
+    def example(self, text: str) -> None:
+        """Keep the example that `add` wanted."""
+        self._examples.append(text)
+
+    def due(self) -> str | None:
+        """What to say now, as `count=..., such as ...`, or None where there is nothing or it is too early."""
+        if not self._count or self._clock() < self._quiet_until:
+            return None
+        said = f"count={self._count}, such as {'; '.join(self._examples)}"
+        self._quiet_until = self._clock() + PERIOD_S
+        self._count = 0
+        self._examples = []
+        return said
+
+
+class _QueueingHandler(logging.Handler):
+    """Hands finished lines to a bounded queue; a line that finds no room is dropped and counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: queue.Queue[bytes | None] = queue.Queue(QUEUED_LINES)
+        self.dropped = 0  # guarded by the lock that logging.Handler holds around emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+            self.lines.put_nowait(line)
+        except queue.Full:
+            self.dropped += 1
+        except Exception:
+            self.handleError(record)
+
+
+class DaemonLog:
+    """Writes the lines of the process's loggers to stderr in a thread of its own.
+
+    A pipe that nobody reads would otherwise stop the thread that logs, intake among them.
+    """
+
+    def __init__(self, level: str) -> None:
+        self._handler = _QueueingHandler()
+        line = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
+        formatter = logging.Formatter(line, "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = time.gmtime
+        self._handler.setFormatter(formatter)
+        root = logging.getLogger()
+        root.setLevel(level)
+        root.addHandler(self._handler)
+        self._thread = threading.Thread(target=self._run, name="daemon-log", daemon=True)
+        self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Lines that were not written because stderr took none; reading it needs no lock."""
+        return self._handler.dropped
+
+    def _run(self) -> None:
+        while True:
+            line = self._handler.lines.get()
+            if line is None:
+                return
+            try:
+                # Not sys.stderr: a thread that is stuck in its buffer's lock makes the interpreter abort at exit.
+                os.write(2, line)
+            except OSError:
+                self._handler.dropped += 1
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Write what waits, for at most `timeout_s`; lines after that are lost."""
+        try:
+            self._handler.lines.put(None, timeout=timeout_s)
+        except queue.Full:
+            return
+        self._thread.join(timeout_s)

@@ -1,0 +1,380 @@
+"""The table of engines: what becomes of each valid state, how fresh it is, and when an engine is removed.
+
+The store decides the outcome of a datagram and counts it. It never waits for the disk, a socket or a log line.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from daemon_log import OncePerMinute
+from engine_state import REASONS, EngineState
+
+logger = logging.getLogger("elrar.store")
+
+# Outcomes of a valid datagram; the invalid ones have their reasons in engine_state.
+ACCEPTED = "accepted"
+HEARTBEAT = "heartbeat"
+DUPLICATE = "duplicate"
+OUT_OF_ORDER = "out_of_order"
+REJECTED_CAPACITY = "rejected_capacity"
+
+LIVE = "live"
+STALE = "stale"
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of every datagram. `received` is always the sum of the outcomes."""
+
+    received: int = 0
+    accepted: int = 0
+    heartbeats: int = 0
+    duplicates: int = 0
+    out_of_order: int = 0
+    rejected_capacity: int = 0
+    rejected_source: int = 0
+    invalid: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    expired_engines: int = 0
+    last_received_s: float | None = None  # since the epoch
+
+    @property
+    def valid_states(self) -> int:
+        """Valid datagrams that were taken."""
+        return self.accepted + self.heartbeats + self.duplicates + self.out_of_order
+
+    @property
+    def invalid_states(self) -> int:
+        """Datagrams that were rejected as invalid."""
+        return sum(self.invalid.values())
+
+
+class ReceivedState(NamedTuple):
+    """A valid state and the address that it came from, as `<ip>:<port>`."""
+
+    state: EngineState
+    source: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the listener took from the socket in one go, in order of arrival."""
+
+    received_at: float  # s, the gateway's monotonic clock
+    received_s: float  # s since the epoch
+    states: list[ReceivedState] = field(default_factory=list)
+    rejected_source: int = 0
+    invalid: list[str] = field(default_factory=list)  # a reason each
+
+    @property
+    def size(self) -> int:
+        """How many datagrams it is."""
+        return len(self.states) + self.rejected_source + len(self.invalid)
+
+
+class EngineView(NamedTuple):
+    """One engine as a reader sees it, at the moment that the reader looked."""
+
+    state: EngineState
+    heartbeat: bool  # the state shown is one
+    status: str  # LIVE or STALE
+    age_ms: int  # since the engine was last heard from
+    state_age_ms: int  # since the state shown was received
+    received_ms: int  # since the epoch, when the state shown was received
+    source: str
+
+    @property
+    def clock_offset_ms(self) -> int:
+        """Receipt minus the engine's own timestamp: how far its clock is off, plus the way here."""
+        return self.received_ms - self.state.timestamp_ms
+
+
+class PastState(NamedTuple):
+    """A state that was shown for an engine, and when it was received, in ms since the epoch."""
+
+    state: EngineState
+    received_ms: int
+
+
+class _History:
+    """The latest states of one engine, packed: 64 bytes a state where an EngineState takes 470.
+
+    Every number in a state is at most 2^53, so a double holds it exactly. Guarded by the store's lock.
+    """
+
+    __slots__ = ("_modes", "_next", "_rows", "_size")
+    _ROW = struct.Struct("=7d")
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._rows = bytearray()
+        self._modes: list[str] = []
+        self._next = 0  # row that is overwritten next, once all are in use
+
+    def add(self, state: EngineState, received_s: float) -> None:
+        if not self._size:
+            return
+        row = self._ROW.pack(
+            received_s,
+            state.timestamp_ms,
+            state.latency_pred_ms,
+            state.pending_tokens_total,
+            state.kv_cache_free_blocks,
+            state.kv_cache_total_blocks,
+            state.engine_capacity,
+        )
+        if len(self._modes) < self._size:
+            self._rows += row
+            self._modes.append(state.scheduling_mode)
+        else:
+            start = self._next * self._ROW.size
+            self._rows[start : start + self._ROW.size] = row
+            self._modes[self._next] = state.scheduling_mode
+            self._next = (self._next + 1) % self._size
+
+    def copy(self) -> tuple[bytes, list[str], int]:
+        return bytes(self._rows), self._modes.copy(), self._next
+
+    @classmethod
+    def unpack(cls, engine_id: str, rows: bytes, modes: list[str], oldest: int) -> list[PastState]:
+        """The states in a copy, oldest first; needs no lock."""
+        past = []
+        for (received_s, timestamp, latency, pending, free, total, capacity), mode in zip(
+            cls._ROW.iter_unpack(rows), modes, strict=True
+        ):
+            state = EngineState(engine_id, int(timestamp), latency, mode, int(pending), int(free), int(total), capacity)
+            past.append(PastState(state, int(received_s * 1000)))
+        return past[oldest:] + past[:oldest]
+
+
+# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic; since the
+# epoch), source. Replaced as a whole and never changed, so that readers need no lock to see it whole.
+_Shown = tuple[EngineState, bool, float, float, str]
+
+
+class _Engine:
+    """What is held of one engine. Written under the store's lock only."""
+
+    __slots__ = ("heard_at", "history", "last", "newest_ms", "said_stale", "shown")
+
+    heard_at: float  # monotonic, when the last datagram was taken from it
+    last: EngineState  # the last datagram taken from it
+    newest_ms: int  # the newest timestamp_ms taken since it last restarted
+    shown: _Shown
+
+    def __init__(self, history: int) -> None:
+        self.history = _History(history)
+        self.said_stale = False
+
+
+class StateStore:
+    """The latest state of every engine, for any number of threads.
+
+    `take` and `drained` are the listener's; every other method may be called from any thread, and returns copies.
+    An EngineState is never changed once it is in.
+    """
+
+    def __init__(
+        self,
+        stale_threshold_ms: int,
+        expire_after_ms: int,
+        max_engines: int,
+        history: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stale_ms = stale_threshold_ms
+        self._expire_ms = expire_after_ms
+        self._max_engines = max_engines
+        self._history = history
+        self._clock = clock
+        # Guards all below, for the time of one batch or one copy. Nothing slow happens under it.
+        self._lock = threading.Lock()
+        self._engines: dict[str, _Engine] = {}
+        self._tally = Tally()
+        self._drained_at = clock()
+        self._appeared = OncePerMinute(clock)
+        self._went_stale = OncePerMinute(clock)
+        self._returned = OncePerMinute(clock)
+        self._removed = OncePerMinute(clock)
+
+    def take(self, batch: Batch) -> list[str]:
+        """Take what the listener received; returns the outcome of each of `batch.states`, in their order."""
+        with self._lock:
+            tally = self._tally
+            tally.received += batch.size
+            tally.rejected_source += batch.rejected_source
+            tally.last_received_s = batch.received_s
+            for reason in batch.invalid:
+                tally.invalid[reason] += 1
+            return [self._take_state(state, source, batch) for state, source in batch.states]
+
+    def _take_state(self, state: EngineState, source: str, batch: Batch) -> str:
+        now = batch.received_at
+        heartbeat = state.is_heartbeat
+        engine = self._engines.get(state.engine_id)
+        if engine is None:
+            if len(self._engines) >= self._max_engines:
+                self._tally.rejected_capacity += 1
+                return REJECTED_CAPACITY
+            engine = self._engines[state.engine_id] = _Engine(self._history)
+            _count(self._appeared, state.engine_id)
+        else:
+            live = self._is_live(now - engine.heard_at)
+            engine.heard_at = now
+            if engine.said_stale:
+                engine.said_stale = False
+                _count(self._returned, state.engine_id)
+            if live:
+                if state.timestamp_ms == engine.last.timestamp_ms and state == engine.last:
+                    self._tally.duplicates += 1
+                    return DUPLICATE
+                # Lower by more than the threshold is an engine that restarted, or whose clock was set.
+                if 0 < engine.newest_ms - state.timestamp_ms <= self._stale_ms:
+                    engine.last = state
+                    self._tally.out_of_order += 1
+                    return OUT_OF_ORDER
+            if heartbeat:
+                _, shows_heartbeat, shown_at, _, _ = engine.shown
+                if not shows_heartbeat and self._is_live(now - shown_at):
+                    # Its placeholders would make a busy engine look idle: the load state stays in the table.
+                    engine.last = state
+                    engine.newest_ms = state.timestamp_ms
+                    self._tally.heartbeats += 1
+                    return HEARTBEAT
+        engine.heard_at = now
+        engine.last = state
+        engine.newest_ms = state.timestamp_ms
+        engine.shown = (state, heartbeat, now, batch.received_s, source)
+        engine.history.add(state, batch.received_s)
+        if heartbeat:
+            self._tally.heartbeats += 1
+            return HEARTBEAT
+        self._tally.accepted += 1
+        return ACCEPTED
+
+    def _is_live(self, age_s: float) -> bool:
+        return int(age_s * 1000) <= self._stale_ms
+
+    def drained(self, at: float) -> None:
+        """The listener says that everything that had arrived by `at` (monotonic, s) has been taken.
+
+        Nothing is removed for a silence that the gateway was not listening to: after the gateway was paused, what
+        waits in the socket is taken before anything is removed.
+        """
+        self._drained_at = at  # without the lock: one writer, and a reaper that sees the value before it waits a turn
+
+    def sweep(self) -> int:
+        """Remove the engines that expired, and log who came and went; returns how many were removed."""
+        drained_at = self._drained_at
+        with self._lock:
+            engines = list(self._engines.items())
+        # Looked through without the lock, since `heard_at` only moves forward; what is found is checked again under it.
+        silent = [pair for pair in engines if not self._is_live(drained_at - pair[1].heard_at)]
+        removed = 0
+        with self._lock:
+            for engine_id, engine in silent:
+                silence_ms = int((drained_at - engine.heard_at) * 1000)
+                if silence_ms > self._expire_ms:
+                    del self._engines[engine_id]
+                    removed += 1
+                    _count(self._removed, engine_id)
+                elif silence_ms > self._stale_ms and not engine.said_stale:
+                    engine.said_stale = True
+                    _count(self._went_stale, engine_id)
+            self._tally.expired_engines += removed
+            changes = [
+                (what, notice.due())
+                for what, notice in (
+                    ("engine appeared", self._appeared),
+                    ("engine went stale", self._went_stale),
+                    ("engine came back", self._returned),
+                    ("engine removed", self._removed),
+                )
+            ]
+        for what, said in changes:
+            if said is not None:
+                logger.info("%s %s", what, said)
+        return removed
+
+    def tally(self) -> Tally:
+        """A copy of the counters of one moment."""
+        with self._lock:
+            return replace(self._tally, invalid=self._tally.invalid.copy())
+
+    def counts(self) -> tuple[int, int]:
+        """How many engines are live, and how many are known."""
+        engines = self._copy_engines()
+        now = self._clock()
+        return sum(self._is_live(now - engine.heard_at) for engine in engines), len(engines)
+
+    def views(self) -> list[EngineView]:
+        """Every engine, in the order in which they appeared. The lock is held for one list copy only."""
+        engines = self._copy_engines()
+        now = self._clock()
+        return [self._view(engine, now) for engine in engines]
+
+    def view(self, engine_id: str) -> EngineView | None:
+        """One engine, or None where it is not known."""
+        with self._lock:
+            engine = self._engines.get(engine_id)
+        return None if engine is None else self._view(engine, self._clock())
+
+    def history(self, engine_id: str) -> list[PastState] | None:
+        """The states that the table showed for an engine, oldest first; None where it is not known."""
+        with self._lock:
+            engine = self._engines.get(engine_id)
+            if engine is None:
+                return None
+            packed = engine.history.copy()
+        return _History.unpack(engine_id, *packed)
+
+    def _copy_engines(self) -> list[_Engine]:
+        with self._lock:
+            return list(self._engines.values())
+
+    def _view(self, engine: _Engine, now: float) -> EngineView:
+        # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
+        state, heartbeat, shown_at, received_s, source = engine.shown
+        age_ms = max(0, int((now - engine.heard_at) * 1000))
+        return EngineView(
+            state,
+            heartbeat,
+            LIVE if age_ms <= self._stale_ms else STALE,
+            age_ms,
+            max(age_ms, int((now - shown_at) * 1000)),
+            int(received_s * 1000),
+            source,
+        )
+
+
+def _count(notice: OncePerMinute, engine_id: str) -> None:
+    if notice.add():
+        notice.example(repr(engine_id))
+
+
+class Reaper:
+    """Sweeps the store every so often; the gateway gives it its thread."""
+
+    def __init__(self, store: StateStore, expire_after_ms: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._period_s = min(0.5, max(0.02, expire_after_ms / 10_000))
+        self._clock = clock
+        self._stopping = threading.Event()
+        self.moved_at = clock()  # monotonic; written by the reaper's thread only
+
+    def run(self) -> None:
+        """Sweep until `stop` is called."""
+        while not self._stopping.wait(self._period_s):
+            self.moved_at = self._clock()
+            self._store.sweep()
+
+    def stop(self) -> None:
+        """Make `run` return; from any thread, twice is harmless."""
+        self._stopping.set()

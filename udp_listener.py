@@ -1,0 +1,296 @@
+"""The listener: takes datagrams from the socket, parses them, and hands them to the store and to the state log.
+
+Unicast and broadcast differ in what is bound only. To add a network mode, see `open_sockets`.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from config import BROADCAST, Network
+from daemon_log import OncePerMinute
+from engine_state import MAX_DATAGRAM_BYTES, InvalidDatagram, parse_datagram
+from state_log import StateLog
+from state_store import DUPLICATE, REJECTED_CAPACITY, Batch, ReceivedState, StateStore
+
+logger = logging.getLogger("elrar.listener")
+
+BATCH_DATAGRAMS = 128  # at most between two looks at the clock; the store's lock is held for 0.2 ms at most
+WAIT_MS = 200  # a silent socket is looked at this often, which shows that the listener moves
+STOP_DRAIN_S = 1.0  # at stop, what waits in the socket is taken for at most this long
+CACHED_SOURCES = 16384
+SMALLEST_CHARGE = 512  # bytes of receive buffer that the kernel charges for the smallest datagram, at least
+
+_SO_RCVBUFFORCE = 33  # Linux; not in the socket module
+_SO_MEMINFO = 55
+_MEMINFO_DROPS = 8  # index of the u32 that counts what was dropped
+
+Address = tuple[Any, ...]
+
+
+def format_address(host: str, port: int) -> str:
+    """`<ip>:<port>`, with the brackets that an IPv6 address needs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def format_source(address: Address) -> str:
+    """A sender's address as `<ip>:<port>`; an IPv4 sender on an IPv6 socket is shown as the IPv4 address it is."""
+    return format_address(address[0].removeprefix("::ffff:"), address[1])
+
+
+class SourceFilter:
+    """Which senders' addresses are taken. One thread only, because it remembers what it decided."""
+
+    def __init__(self, allowed: Sequence[Network]) -> None:
+        self._allowed = tuple(allowed)
+        self._decided: dict[str, bool] = {}
+
+    def allows(self, host: str) -> bool:
+        """Whether datagrams from `host`, as the socket names it, are taken."""
+        decided = self._decided.get(host)
+        if decided is None:
+            address = ipaddress.ip_address(host)
+            if isinstance(address, ipaddress.IPv6Address):
+                address = address.ipv4_mapped or ipaddress.IPv6Address(int(address))  # without the scope
+            decided = any(address in network for network in self._allowed)
+            if len(self._decided) >= CACHED_SOURCES:
+                self._decided.clear()
+            self._decided[host] = decided
+        return decided
+
+
+def _bind(family: int, address: str, port: int, *, dual_stack: bool, receive_buffer: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual_stack else 1)
+        # No SO_REUSEADDR: with it a second process would silently take over the port and all its datagrams.
+        sock.setblocking(False)
+        _set_receive_buffer(sock, receive_buffer)
+        sock.bind(socket.getaddrinfo(address, port, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0][4])
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _set_receive_buffer(sock: socket.socket, size: int) -> None:
+    if sys.platform == "linux":
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)  # beyond net.core.rmem_max, where we may
+            return
+        except PermissionError:
+            pass
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
+def listen_address(network_mode: str, bind_address: str) -> str:
+    """The address that is really listened on: broadcasts arrive only where all interfaces are listened on."""
+    if network_mode == BROADCAST:
+        return "::" if ":" in bind_address else "0.0.0.0"
+    return bind_address
+
+
+def open_sockets(address: str, port: int, receive_buffer: int) -> list[socket.socket]:
+    """Bind the UDP sockets to listen on, the main one first; raises OSError where that one cannot be bound.
+
+    Where the IPv4 loopback is listened on, so is [::1]: `localhost` is ::1 first on many hosts, and a sender of
+    datagrams does not learn that nobody listens there.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    main = _bind(family, address, port, dual_stack=address == "::", receive_buffer=receive_buffer)
+    sockets = [main]
+    if address in ("0.0.0.0", "127.0.0.1"):
+        port = main.getsockname()[1]
+        try:
+            sockets.append(_bind(socket.AF_INET6, "::1", port, dual_stack=False, receive_buffer=receive_buffer))
+        except OSError as error:
+            level = logging.WARNING if error.errno == errno.EADDRINUSE else logging.DEBUG  # else: no IPv6 here
+            logger.log(level, "not listening on [::1] port=%d error=%s", port, error)
+    return sockets
+
+
+class UdpListener:
+    """Takes datagrams until it is stopped; the gateway gives it its thread.
+
+    `run` and `step` belong to that thread, everything else may be called from any.
+    """
+
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        store: StateStore,
+        log: StateLog | None,
+        *,
+        allowed_sources: Sequence[Network] = (),
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._sockets = {sock.fileno(): sock for sock in sockets}
+        self._store = store
+        self._log = log
+        self._filter = SourceFilter(allowed_sources) if allowed_sources else None
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._sources: dict[Address, str] = {}
+        self._stopping = False
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._poll = select.poll()
+        for sock in (*sockets, self._wake_reader):
+            self._poll.register(sock, select.POLLIN)
+        # What a full receive buffer can hold at most: after so many datagrams, all that waited before has been taken.
+        self._buffered_at_most = 1 + sum(map(granted_receive_buffer, sockets)) * 2 // SMALLEST_CHARGE
+        self._taken_without_pause = 0
+        self._pause_ended_at = clock()
+        self._notices = {
+            "invalid": OncePerMinute(clock),
+            "from a source that is not in ALLOWED_SOURCES": OncePerMinute(clock),
+            "from a new engine, with MAX_ENGINES known already": OncePerMinute(clock),
+        }
+        self._invalid, self._source, self._capacity = self._notices.values()
+        self._drops_lock = threading.Lock()  # guards the two below, which any reader of the counter moves on
+        self._drops_seen = dict.fromkeys(self._sockets, 0)
+        self._drops = 0
+        self.moved_at = clock()  # monotonic; written by the listener's thread only
+
+    def run(self) -> None:
+        """Take datagrams until `stop` is called, and then what waits in the socket."""
+        while not self._stopping:
+            self.step(WAIT_MS)
+        deadline = self._clock() + STOP_DRAIN_S
+        while self.step(0) and self._clock() < deadline:
+            pass
+
+    def step(self, wait_ms: int) -> int:
+        """Wait for datagrams, for `wait_ms` at most, and take one batch; returns how many it was."""
+        looked_at = self.moved_at = self._clock()
+        ready = self._poll.poll(wait_ms)
+        datagrams: list[tuple[bytes, Address]] = []
+        all_taken = True
+        for fd, _ in ready:
+            if fd in self._sockets:
+                all_taken &= self._receive(self._sockets[fd], datagrams)
+        if datagrams:
+            self._take(datagrams)
+        self._say_how_far(all_taken, looked_at, len(datagrams))
+        return len(datagrams)
+
+    def _receive(self, sock: socket.socket, datagrams: list[tuple[bytes, Address]]) -> bool:
+        """Take up to a batch without waiting; returns whether the socket was emptied."""
+        recvfrom = sock.recvfrom
+        size = MAX_DATAGRAM_BYTES + 1  # one more, so that a longer datagram is seen to be longer
+        try:
+            for _ in range(BATCH_DATAGRAMS):
+                datagrams.append(recvfrom(size))
+        except BlockingIOError:
+            return True
+        return False
+
+    def _say_how_far(self, all_taken: bool, looked_at: float, taken: int) -> None:
+        self._taken_without_pause += taken
+        if all_taken:
+            self._store.drained(looked_at)
+        elif self._taken_without_pause > self._buffered_at_most:
+            self._store.drained(self._pause_ended_at)
+        else:
+            return
+        self._taken_without_pause = 0
+        self._pause_ended_at = looked_at
+
+    def _take(self, datagrams: list[tuple[bytes, Address]]) -> None:
+        batch = Batch(self._clock(), self._wall_clock())
+        allows = self._filter.allows if self._filter is not None else None
+        for datagram, address in datagrams:
+            if allows is not None and not allows(address[0]):
+                batch.rejected_source += 1
+                if self._source.add():
+                    self._source.example(format_source(address))
+                continue
+            try:
+                state = parse_datagram(datagram)
+            except InvalidDatagram as error:
+                batch.invalid.append(error.reason)
+                if self._invalid.add():
+                    self._invalid.example(f"{error} bytes={len(datagram)} source={format_source(address)}")
+                continue
+            batch.states.append(ReceivedState(state, self._source_of(address)))
+        outcomes = self._store.take(batch)
+        if self._log is not None:
+            self._log.append(
+                batch.received_s,
+                [
+                    received
+                    for received, outcome in zip(batch.states, outcomes, strict=True)
+                    if outcome is not DUPLICATE and outcome is not REJECTED_CAPACITY
+                ],
+            )
+        self._say(batch, outcomes)
+
+    def _source_of(self, address: Address) -> str:
+        source = self._sources.get(address)
+        if source is None:
+            if len(self._sources) >= CACHED_SOURCES:
+                self._sources.clear()
+            source = self._sources[address] = format_source(address)
+        return source
+
+    def _say(self, batch: Batch, outcomes: list[str]) -> None:
+        if REJECTED_CAPACITY in outcomes:
+            for (state, source), outcome in zip(batch.states, outcomes, strict=True):
+                if outcome is REJECTED_CAPACITY and self._capacity.add():
+                    self._capacity.example(f"engine_id={state.engine_id!r} source={source}")
+        if batch.size > len(batch.states) or REJECTED_CAPACITY in outcomes:
+            for what, notice in self._notices.items():
+                said = notice.due()
+                if said is not None:
+                    logger.warning("rejected datagrams %s %s", what, said)
+        if logger.isEnabledFor(logging.DEBUG):
+            for (state, source), outcome in zip(batch.states, outcomes, strict=True):
+                logger.debug("datagram %s engine_id=%r source=%s", outcome, state.engine_id, source)
+            for reason in batch.invalid:
+                logger.debug("datagram rejected reason=%s", reason)
+
+    def kernel_dropped(self) -> int | None:
+        """Datagrams that the kernel dropped for want of buffer, by the sockets' own account; None where it has none."""
+        if sys.platform != "linux":
+            return None
+        with self._drops_lock:
+            for fd, sock in self._sockets.items():
+                try:
+                    meminfo = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36)
+                except OSError:
+                    continue  # closed: what was counted last stays
+                drops = struct.unpack("=9I", meminfo)[_MEMINFO_DROPS]
+                self._drops += (drops - self._drops_seen[fd]) & 0xFFFFFFFF  # a u32 that wraps around
+                self._drops_seen[fd] = drops
+            return self._drops
+
+    def stop(self) -> None:
+        """Make `run` take what waits and return; from any thread, twice is harmless."""
+        self._stopping = True
+        try:
+            self._wake_writer.send(b"x")
+        except OSError:
+            pass  # closed already
+
+    def close(self) -> None:
+        """Close the sockets; only after `run` has returned."""
+        self.kernel_dropped()
+        for sock in (*self._sockets.values(), self._wake_reader, self._wake_writer):
+            sock.close()
+
+
+def granted_receive_buffer(sock: socket.socket) -> int:
+    """Bytes of receive buffer that the kernel granted, in the unit in which they were asked for."""
+    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    return size // 2 if sys.platform == "linux" else size  # Linux doubles it, for its own bookkeeping
