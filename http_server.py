@@ -1,0 +1,462 @@
+"""HTTP/1.1 for the query interface: one thread that never blocks, and the place where connections are bounded.
+
+http.server was measured and left: it takes a thread a connection, has no absolute deadline a request, and writes head
+and body apart, which meets Nagle's algorithm and delayed acknowledgement: 93 requests/s of 44 ms, here over 5,000.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import errno
+import logging
+import re
+import resource
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from daemon_log import OncePerMinute
+from query import Answer, QueryError, error_answer
+
+logger = logging.getLogger("elrar.http")
+
+MAX_REQUEST_LINE_BYTES = 8192
+MAX_HEAD_BYTES = 16384  # request line and headers
+MAX_HEADERS = 100
+MAX_CONNECTIONS = 512
+RESERVE_CONNECTIONS = 32  # beyond those, for /livez, /health and /readyz only; every other request gets 503
+MAX_UNSENT_BYTES = 64 * 1024 * 1024  # of answers that slow readers have not read yet
+REQUEST_DEADLINE_S = 10.0  # from the first byte of a request to its last, or from connecting to the first
+RESPONSE_DEADLINE_S = 30.0  # from the answer to the last byte that the reader took
+IDLE_DEADLINE_S = 75.0  # between two requests on a connection; more than Prometheus' usual minute
+LINGER_S = 1.0  # for a refused request's bytes, so that the reader sees the answer and no reset
+TICK_S = 0.2
+PAUSED_AFTER_S = 2.0  # a turn that takes ten ticks
+REQUESTS_A_TURN = 16  # of one connection that pipelines, before the others have their turn
+
+HEALTH_PATHS = ("/livez", "/health", "/readyz")
+
+REASON_PHRASES = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    414: "URI Too Long",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+}
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00\r\n]*?)[ \t]*")
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+_SCHEME_AND_HOST = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request's head, as far as a read-only server needs it."""
+
+    method: str
+    target: str  # from the path on, whatever form it came in
+    keep_alive: bool  # whether the connection may be used again afterwards
+    http_1_0: bool = False
+
+
+class BadRequest(Exception):
+    """A head that is no request that can be answered: the connection is closed after the error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def take_head(received: bytearray) -> bytes | None:
+    """Take a whole head off the front of what was received, or None where there is none yet; raises BadRequest."""
+    start = len(received) - len(received.lstrip(b"\r\n"))  # empty lines before a request are passed over
+    del received[:start]
+    line_end = received.find(b"\n")
+    if line_end > MAX_REQUEST_LINE_BYTES or (line_end < 0 and len(received) > MAX_REQUEST_LINE_BYTES):
+        raise BadRequest(414, f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
+    end = _END_OF_HEAD.search(received)
+    if (end.start() if end else len(received)) > MAX_HEAD_BYTES:
+        raise BadRequest(431, f"the head is larger than {MAX_HEAD_BYTES} bytes")
+    if end is None:
+        if line_end >= 0:
+            _request_line(bytes(received[:line_end]))  # what is no HTTP is told so at once
+        return None
+    head = bytes(received[: end.start()])
+    del received[: end.end()]
+    return head
+
+
+def _request_line(line: bytes) -> tuple[str, str, bool]:
+    match = _REQUEST_LINE.fullmatch(line.removesuffix(b"\r"))
+    if match is None:
+        raise BadRequest(400, "this is no HTTP request")
+    if match[3] != b"1":
+        raise BadRequest(505, "HTTP/1.1 and HTTP/1.0 are spoken here")
+    return match[1].decode(), match[2].decode(), match[4] == b"0"
+
+
+def parse_head(head: bytes) -> Request:
+    """The request in a whole head, without its empty line; raises BadRequest."""
+    line, *header_lines = head.split(b"\n")
+    method, target, http_1_0 = _request_line(line)
+    if len(header_lines) > MAX_HEADERS:
+        raise BadRequest(431, f"more than {MAX_HEADERS} headers")
+    headers: dict[bytes, list[bytes]] = {}
+    for header_line in header_lines:
+        match = _HEADER.fullmatch(header_line.removesuffix(b"\r"))
+        if match is None:
+            raise BadRequest(400, "a header that is none")
+        headers.setdefault(match[1].lower(), []).append(match[2])
+    if len(headers.get(b"host", [])) != 1 and not (http_1_0 and b"host" not in headers):
+        raise BadRequest(400, "HTTP/1.1 needs exactly one Host header")
+    if not target.startswith("/") and method != "OPTIONS":
+        authority = _SCHEME_AND_HOST.match(target)
+        if authority is None:
+            raise BadRequest(400, "the request target is no path")
+        target = target[authority.end() :]
+        if not target.startswith("/"):
+            target = "/" + target
+    lengths = headers.get(b"content-length", [b"0"])
+    if not all(re.fullmatch(rb"[0-9]{1,15}", length) for length in lengths) or len(set(lengths)) > 1:
+        raise BadRequest(400, "Content-Length is no number")
+    tokens = {token.strip().lower() for value in headers.get(b"connection", []) for token in value.split(b",")}
+    # A body is not read, so that what follows on such a connection cannot be told from it.
+    has_body = int(lengths[0]) > 0 or b"transfer-encoding" in headers
+    keep_alive = not has_body and (b"keep-alive" in tokens if http_1_0 else b"close" not in tokens)
+    return Request(method, target, keep_alive, http_1_0)
+
+
+_IDLE, _READING, _WRITING, _LINGERING = range(4)
+
+
+class _Connection:
+    __slots__ = ("deadline", "keep_alive", "phase", "received", "reserve", "sock", "unsent", "unsent_bytes")
+
+    def __init__(self, sock: socket.socket, deadline: float, reserve: bool) -> None:
+        self.sock = sock
+        self.deadline = deadline
+        self.reserve = reserve  # beyond MAX_CONNECTIONS
+        self.phase = _READING
+        self.keep_alive = True
+        self.received = bytearray()
+        self.unsent: list[memoryview] = []
+        self.unsent_bytes = 0  # of the answer, when it was made
+
+
+class HttpServer:
+    """Answers GET and HEAD until it is stopped; the gateway gives it its thread.
+
+    `run` and `step` belong to that thread; `stop` and reading the counters may be done from any.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        answer: Callable[[str], Answer],
+        *,
+        max_connections: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._listener = listener
+        self._answer_target = answer
+        self._max_connections = max_connections or _connections_that_fit()
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._selector = selectors.DefaultSelector()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._accepting = True
+        self._accept_again_at = 0.0
+        self._connections: set[_Connection] = set()
+        self._pipelined: deque[_Connection] = deque()
+        self._unsent_bytes = 0
+        self._look_at_deadlines_at = 0.0
+        self._stopping = False
+        self._notice = OncePerMinute(clock)
+        self._date = (0, b"")
+        # Written by this thread only; readers may be a request behind.
+        self.requests = 0
+        self.rejected_connections = 0
+        self.moved_at = clock()
+        self.resumed_at = float("-inf")  # monotonic; when the last turn came much too late: the process was paused
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    def run(self) -> None:
+        """Answer until `stop` is called, then finish the answers that were begun, for half a second at most."""
+        while not self._stopping:
+            self.step(TICK_S)
+        self._stop_accepting()
+        deadline = self._clock() + 0.5
+        for connection in list(self._connections):
+            if connection.phase != _WRITING:
+                self._close(connection)
+        while self._connections and self._clock() < deadline:
+            self.step(0.05)
+
+    def stop(self) -> None:
+        """Make `run` return; from any thread, twice is harmless."""
+        self._stopping = True
+        try:
+            self._wake_writer.send(b"x")
+        except OSError:
+            pass  # closed already
+
+    def close(self) -> None:
+        """Close every socket; only after `run` has returned."""
+        for connection in list(self._connections):
+            self._close(connection)
+        self._selector.close()
+        for sock in (self._listener, self._wake_reader, self._wake_writer):
+            sock.close()
+
+    def step(self, wait_s: float) -> None:
+        """One turn: wait for at most `wait_s`, and do what can be done without waiting."""
+        for key, _ in self._wait(wait_s):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fileobj is self._wake_reader:
+                self._wake_reader.recv(16)
+            elif key.data in self._connections:  # it may have been closed to make room, in this very turn
+                self._ready(key.data)
+        for _ in range(len(self._pipelined)):
+            connection = self._pipelined.popleft()
+            if connection in self._connections:
+                self._serve(connection)
+        now = self._clock()
+        if now >= self._look_at_deadlines_at:
+            self._look_at_deadlines_at = now + TICK_S
+            for connection in [c for c in self._connections if c.deadline <= now]:
+                self._overdue(connection)
+            if not self._accepting and not self._stopping and now >= self._accept_again_at:
+                self._selector.register(self._listener, selectors.EVENT_READ)
+                self._accepting = True
+
+    def _wait(self, wait_s: float) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = self._selector.select(0 if self._pipelined else wait_s)
+        now = self._clock()
+        if now - self.moved_at > PAUSED_AFTER_S:
+            self.resumed_at = now
+        self.moved_at = now
+        return ready
+
+    def _overdue(self, connection: _Connection) -> None:
+        if connection.phase in (_READING, _WRITING):
+            self._reject("too slow", connection)
+        self._close(connection)
+
+    def _reject(self, why: str, connection: _Connection | None = None) -> None:
+        self.rejected_connections += 1
+        if self._notice.add():
+            self._notice.example(why)
+        said = self._notice.due()
+        if said is not None:
+            logger.warning("turned away or cut off connections %s", said)
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._reject(f"cannot accept: {error.strerror}")
+                    if not self._make_room():
+                        self._stop_accepting()  # the socket stays readable, and this would be a busy loop
+                    return
+                continue  # the peer was gone before it was accepted
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            reserve = len(self._connections) >= self._max_connections and not self._make_room()
+            if len(self._connections) >= self._max_connections + RESERVE_CONNECTIONS:
+                self._reject("too many connections")
+                sock.close()
+                continue
+            connection = _Connection(sock, self._clock() + (LINGER_S if reserve else REQUEST_DEADLINE_S), reserve)
+            self._connections.add(connection)
+            self._selector.register(sock, selectors.EVENT_READ, connection)
+
+    def _stop_accepting(self) -> None:
+        if self._accepting:
+            self._selector.unregister(self._listener)
+            self._accepting = False
+        self._accept_again_at = self._clock() + TICK_S
+
+    def _make_room(self) -> bool:
+        """Close the connection that has waited longest for its reader to ask something; False where none waits."""
+        waiting = [c for c in self._connections if c.phase in (_IDLE, _READING, _LINGERING) and not c.reserve]
+        if not waiting:
+            return False
+        # One that has asked nothing for a while goes before one that is in the middle of asking.
+        oldest = min(waiting, key=lambda c: (c.phase == _READING, c.deadline))
+        if oldest.phase == _READING:
+            if oldest.deadline > self._clock() + REQUEST_DEADLINE_S - 0.5:
+                return False  # it has had no half second yet
+            self._reject("too many connections, the slowest was closed", oldest)
+        self._close(oldest)
+        return True
+
+    def _ready(self, connection: _Connection) -> None:
+        try:
+            if connection.phase == _WRITING:
+                self._send(connection)
+                if connection.phase == _READING:
+                    self._pipelined.append(connection)
+                return
+            if len(connection.received) > 2 * MAX_HEAD_BYTES:
+                return  # it pipelines faster than it is answered: its turn comes before more is read
+            data = connection.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close(connection)
+            return
+        if not data:
+            self._peer_is_done(connection)
+        elif connection.phase != _LINGERING:
+            if connection.phase == _IDLE:
+                connection.phase = _READING
+                connection.deadline = self._clock() + REQUEST_DEADLINE_S
+            connection.received += data
+            self._serve(connection)
+
+    def _peer_is_done(self, connection: _Connection) -> None:
+        """The reader sends no more: answer the whole requests that it has sent, then close."""
+        while connection.phase == _READING and connection.received:
+            unserved = len(connection.received)
+            self._serve(connection)
+            if len(connection.received) == unserved:
+                break
+        if connection.phase != _WRITING and connection in self._connections:
+            self._close(connection)
+
+    def _serve(self, connection: _Connection) -> None:
+        """Answer the requests that have been received whole, as long as their answers are taken."""
+        for _ in range(REQUESTS_A_TURN):
+            if connection.phase not in (_IDLE, _READING):
+                return
+            try:
+                head = take_head(connection.received)
+                if head is None:
+                    return
+                request = parse_head(head)
+            except BadRequest as error:
+                answer = error_answer(error.status, str(error))
+                self._respond(connection, Request("GET", "", keep_alive=False), answer)
+                return
+            self._respond(connection, request, self._answer(connection, request))
+        if connection.received and connection in self._connections:
+            self._pipelined.append(connection)
+
+    def _answer(self, connection: _Connection, request: Request) -> Answer:
+        if request.method not in ("GET", "HEAD"):
+            return error_answer(405, "this is read-only: GET and HEAD are answered")
+        if request.target.partition("?")[0] not in HEALTH_PATHS:
+            if connection.reserve:
+                self._reject("too many connections")
+                return error_answer(503, f"more than {self._max_connections} connections")
+            if self._unsent_bytes > MAX_UNSENT_BYTES:
+                self._reject("too many answers wait for slow readers")
+                return error_answer(503, "too many answers wait for slow readers")
+        try:
+            return self._answer_target(request.target)
+        except QueryError as error:
+            return error_answer(error.status, str(error))
+        except Exception:
+            logger.exception("could not answer target=%r", request.target)
+            return error_answer(500, "this question met an error in the gateway, which is in its log")
+
+    def _respond(self, connection: _Connection, request: Request, answer: Answer) -> None:
+        self.requests += 1
+        connection.keep_alive = request.keep_alive and not connection.reserve
+        head = (
+            b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nContent-Length: %d\r\nDate: %b\r\n"
+            b"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n%b%b\r\n"
+        ) % (
+            answer.status,
+            REASON_PHRASES[answer.status].encode(),
+            answer.content_type.encode(),
+            len(answer.body),
+            self._date_now(),
+            b"Allow: GET, HEAD\r\n" if answer.status == 405 else b"",
+            (b"Connection: keep-alive\r\n" if request.http_1_0 else b"")
+            if connection.keep_alive
+            else b"Connection: close\r\n",
+        )
+        connection.unsent = [memoryview(head)]
+        if request.method != "HEAD" and answer.body:
+            connection.unsent.append(memoryview(answer.body))
+        connection.unsent_bytes = sum(map(len, connection.unsent))
+        self._unsent_bytes += connection.unsent_bytes
+        connection.phase = _WRITING
+        connection.deadline = self._clock() + RESPONSE_DEADLINE_S
+        try:
+            self._send(connection)
+        except OSError:
+            self._close(connection)
+
+    def _date_now(self) -> bytes:
+        second = int(self._wall_clock())
+        if self._date[0] != second:
+            self._date = (second, email.utils.formatdate(second, usegmt=True).encode())
+        return self._date[1]
+
+    def _send(self, connection: _Connection) -> None:
+        """Send what the socket takes, head and body in one write; raises OSError where the reader is gone."""
+        try:
+            while connection.unsent:
+                sent = connection.sock.sendmsg(connection.unsent)
+                while connection.unsent and sent >= len(connection.unsent[0]):
+                    sent -= len(connection.unsent[0])
+                    del connection.unsent[0]
+                if connection.unsent:
+                    connection.unsent[0] = connection.unsent[0][sent:]
+        except BlockingIOError:
+            self._watch(connection, selectors.EVENT_WRITE)
+            return
+        self._unsent_bytes -= connection.unsent_bytes
+        connection.unsent_bytes = 0
+        self._watch(connection, selectors.EVENT_READ)
+        now = self._clock()
+        if connection.keep_alive and not self._stopping:
+            connection.phase = _READING if connection.received else _IDLE
+            connection.deadline = now + (REQUEST_DEADLINE_S if connection.received else IDLE_DEADLINE_S)
+        else:
+            # Closing with bytes unread would reset the connection and could take the answer from the reader.
+            connection.phase = _LINGERING
+            connection.deadline = now + LINGER_S
+            connection.received.clear()
+            connection.sock.shutdown(socket.SHUT_WR)
+
+    def _watch(self, connection: _Connection, event: int) -> None:
+        if self._selector.get_key(connection.sock).events != event:
+            self._selector.modify(connection.sock, event, connection)
+
+    def _close(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        self._unsent_bytes -= connection.unsent_bytes
+        connection.unsent_bytes = 0
+        self._selector.unregister(connection.sock)
+        connection.sock.close()
+
+
+def _connections_that_fit() -> int:
+    """MAX_CONNECTIONS, or fewer where the process may not open so many files."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(8, min(MAX_CONNECTIONS, files - RESERVE_CONNECTIONS - 32))

@@ -1,0 +1,128 @@
+"""Prometheus' text format (0.0.4) of the counters and of every engine.
+
+To add a counter, add it where it is counted, to `query.stats`, and here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from state_store import LIVE, STALE, EngineView
+
+PREFIX = "elrar_state_gateway_"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Labels = dict[str, str]
+
+_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+
+def _labels(labels: Labels) -> str:
+    inside = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
+    return f"{{{inside}}}" if inside else ""
+
+
+def _family(name: str, kind: str, meaning: str, samples: Iterable[tuple[Labels, float]]) -> str:
+    name = PREFIX + name
+    lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+    lines += [f"{name}{_labels(labels)} {+value!r}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _counter(name: str, meaning: str, value: float) -> str:
+    return _family(name, "counter", meaning, [({}, value)])
+
+
+def _gauge(name: str, meaning: str, value: float) -> str:
+    return _family(name, "gauge", meaning, [({}, value)])
+
+
+# One series an engine and field; a duration is in seconds, as Prometheus wants its base units.
+_ENGINE_FAMILIES: tuple[tuple[str, str, Callable[[EngineView], float]], ...] = (
+    ("engine_live", "1 while the engine was heard from within the stale threshold, 0 while it is stale",
+     lambda view: view.status == LIVE),
+    ("engine_heartbeat", "1 where the state shown is a heartbeat, whose load fields say nothing",
+     lambda view: view.heartbeat),
+    ("engine_age_seconds", "Time since the engine was last heard from",
+     lambda view: view.age_ms / 1000),
+    ("engine_state_age_seconds", "Time since the state shown was received",
+     lambda view: view.state_age_ms / 1000),
+    ("engine_clock_offset_seconds", "Receipt minus the engine's own timestamp: the error of its clock",
+     lambda view: view.clock_offset_ms / 1000),
+    ("engine_timestamp_seconds", "Timestamp of the state shown, by the engine's clock, since the epoch",
+     lambda view: view.state.timestamp_ms / 1000),
+    ("engine_latency_pred_seconds", "Predicted latency of the next scheduling step",
+     lambda view: view.state.latency_pred_ms / 1000),
+    ("engine_pending_tokens", "Tokens waiting",
+     lambda view: view.state.pending_tokens_total),
+    ("engine_kv_cache_free_blocks", "Free KV-cache blocks, -1 = unknown",
+     lambda view: view.state.kv_cache_free_blocks),
+    ("engine_kv_cache_total_blocks", "KV-cache blocks, -1 = unknown",
+     lambda view: view.state.kv_cache_total_blocks),
+    ("engine_capacity_tokens_per_second", "Capacity, 0 = unknown",
+     lambda view: view.state.engine_capacity),
+)  # fmt: skip
+
+
+def engine_metrics(views: list[EngineView]) -> str:
+    """One series an engine and field, for the engines that are known now."""
+    labels = [_labels({"engine_id": view.state.engine_id}) for view in views]
+    parts = []
+    for family, meaning, value_of in _ENGINE_FAMILIES:
+        name = PREFIX + family
+        lines = [f"# HELP {name} {meaning}", f"# TYPE {name} gauge"]
+        lines += [f"{name}{label} {+value_of(view)!r}" for label, view in zip(labels, views, strict=True)]
+        parts.append("\n".join(lines) + "\n")
+    modes = [({"engine_id": view.state.engine_id, "scheduling_mode": view.state.scheduling_mode}, 1) for view in views]
+    parts.append(_family("engine_scheduling_mode_info", "gauge", "The engine's scheduling mode, as a label", modes))
+    return "".join(parts)
+
+
+def gateway_metrics(stats: dict[str, Any]) -> str:
+    """The gateway's own counters and settings, from the same numbers as /stats."""
+    live, total = stats["active_engines"], stats["total_engines"]
+    outcomes = {
+        "accepted": stats["valid_states"] - stats["heartbeats"] - stats["duplicates"] - stats["out_of_order"],
+        "heartbeat": stats["heartbeats"],
+        "duplicate": stats["duplicates"],
+        "out_of_order": stats["out_of_order"],
+        "invalid": stats["invalid_states"],
+        "rejected_capacity": stats["rejected_capacity"],
+        "rejected_source": stats["rejected_source"],
+    }
+    log, http = stats["log"], stats["http"]
+    info = {name: str(stats[name]) for name in ("version", "network_mode", "bind_address", "udp_port", "instance")}
+    parts = [
+        _family("info", "gauge", "What runs, as labels", [(info, 1)]),
+        _gauge("uptime_seconds", "Time since the gateway started", stats["uptime_s"]),
+        _gauge("stale_threshold_seconds", "Silence after which an engine is stale", stats["stale_threshold_ms"] / 1000),
+        _family("engines", "gauge", "Engines known, by status",
+                [({"status": LIVE}, live), ({"status": STALE}, total - live)]),
+        _family("datagrams_total", "counter", "Datagrams received, by what was made of them",
+                [({"outcome": outcome}, count) for outcome, count in outcomes.items()]),
+        _family("datagrams_received_total", "counter", "Datagrams received, by network mode",
+                [({"network_mode": mode}, stats[f"{mode}_received"]) for mode in ("unicast", "broadcast")]),
+        _family("datagrams_invalid_total", "counter", "Datagrams rejected as invalid, by reason",
+                [({"reason": reason}, count) for reason, count in stats["invalid_reasons"].items()]),
+        _counter("engines_expired_total", "Engines removed because they fell silent", stats["expired_engines"]),
+        _gauge("receive_buffer_bytes", "Kernel receive buffer that was granted", stats["receive_buffer_bytes"]),
+        _gauge("log_enabled", "1 where the state log is written", log["enabled"]),
+        _counter("log_states_written_total", "States written to the state log", log["written"]),
+        _counter("log_states_dropped_total", "States that the state log had no room for", log["dropped"]),
+        _counter("log_errors_total", "Attempts to write the state log that failed", log["errors"]),
+        _counter("log_rotations_total", "Rotations of the state log", log["rotations"]),
+        _gauge("http_connections", "Open connections to the query interface", http["connections"]),
+        _counter("http_requests_total", "Requests answered by the query interface", http["requests"]),
+        _counter("http_rejected_connections_total", "Connections turned away or cut off at a limit",
+                 http["rejected_connections"]),
+        _counter("own_log_lines_dropped_total", "Lines of the daemon's own log that stderr did not take",
+                 stats["own_log_dropped"]),
+    ]  # fmt: skip
+    if stats["kernel_dropped"] is not None:
+        parts.append(_counter("kernel_dropped_datagrams_total", "Datagrams the kernel dropped, its buffer being full",
+                              stats["kernel_dropped"]))  # fmt: skip
+    if stats["last_received"] is not None:
+        parts.append(_gauge("last_received_timestamp_seconds", "When a datagram was last received, since the epoch",
+                            stats["last_received"]))  # fmt: skip
+    return "".join(parts)
