@@ -1,0 +1,626 @@
+"""The ELRAR state gateway: the daemon's main program, and the gateway of a router's own process.
+
+This is the one place that opens sockets and files, creates threads, and stops them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    # Before the other modules are imported: an older Python cannot even parse them.
+    _TOO_OLD = "the state gateway needs Python 3.10 or newer, and this is %s" % sys.version.split()[0]  # noqa: UP031
+    if __name__ == "__main__":
+        sys.exit(_TOO_OLD)
+    raise RuntimeError(_TOO_OLD)
+
+import argparse
+import atexit
+import errno
+import http.client
+import logging
+import os
+import queue
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from config import (
+    BROADCAST,
+    PREFIX,
+    UNICAST,
+    Config,
+    ConfigError,
+    effective_settings,
+    read_config,
+    settings_help,
+    unknown_variables,
+)
+from daemon_log import DaemonLog
+from engine_state import EngineState
+from http_server import HttpServer
+from query import Query, entry
+from state_log import LogCounters, StateLog
+from state_store import Reaper, StateStore
+from udp_listener import UdpListener, format_address, granted_receive_buffer, listen_address, open_sockets
+
+VERSION = "1.0.0"
+
+STUCK_AFTER_S = 10.0
+LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
+HTTP_BACKLOG = 512
+PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
+
+logger = logging.getLogger("elrar.gateway")
+
+
+class StartError(Exception):
+    """Something could not be opened; the text says what, why, and what to do."""
+
+
+class _Part:
+    """A component and its thread."""
+
+    def __init__(self, name: str, component: Any, on_end: Callable[[str], None], stuck_after_s: float) -> None:
+        self.name = name
+        self.component = component
+        self._on_end = on_end
+        self._stuck_after_s = stuck_after_s
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self.component.run()
+        except BaseException:
+            logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
+        self._on_end(self.name)
+
+    def moves(self, now: float) -> bool:
+        """Whether the thread is alive and has lately got round to its loop."""
+        return self.thread.is_alive() and now - self.component.moved_at < self._stuck_after_s
+
+    def stop(self, timeout_s: float) -> bool:
+        """Stop the component and wait for its thread; False where it has not ended in time."""
+        self.component.stop()
+        if self.thread.ident is not None and self.thread is not threading.current_thread():
+            self.thread.join(timeout_s)
+            return not self.thread.is_alive()
+        return True
+
+
+class StateGateway:
+    """The gateway: `open` everything, then `start` everything, and `shutdown` in the order in which the data flows.
+
+    Once it is started, every public method may be called from any thread, and what it returns is the caller's own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_death: Callable[[str], None] | None = None,
+        own_log_dropped: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`on_death` is called with a thread's name when it dies; without it the gateway shuts itself down then."""
+        self.config = config
+        self._on_death = on_death
+        self._own_log_dropped = own_log_dropped
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._instance = secrets.token_hex(8)
+        self._started_at = clock()
+        self._pid = os.getpid()
+        self._ready = False
+        self._stopping = False
+        self._died_of: str | None = None
+        self._shutdown_lock = threading.Lock()  # held for the whole of a shutdown, so that a second one waits for it
+        self._is_shut_down = False
+        self._parts: list[_Part] = []
+        self._store = StateStore(
+            config.stale_threshold_ms, config.expire_after_ms, config.max_engines, config.history, clock=clock
+        )
+        self._sockets: list[socket.socket] = []
+        self._log: StateLog | None = None
+        self._http: HttpServer | None = None
+        self.udp_port = config.udp_port  # the numbers that are really bound, once it is open
+        self.http_port = config.http_port
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Bind the ports and open the state log; raises StartError, with everything closed again, where it cannot."""
+        config = self.config
+        self.address = listen_address(config.network_mode, config.bind_address)
+        if self.address != config.bind_address:
+            logger.warning(
+                "broadcast mode listens on all interfaces, %sBIND_ADDRESS=%s is not used", PREFIX, config.bind_address
+            )
+        http_socket = None
+        try:
+            http_socket = self._bind_ports()
+            self._listen_report()
+            if config.enable_log:
+                self._open_log()
+        except BaseException:
+            for sock in (*self._sockets, http_socket):
+                if sock is not None:
+                    sock.close()
+            raise
+        self._listener = UdpListener(
+            self._sockets,
+            self._store,
+            self._log,
+            allowed_sources=config.allowed_sources,
+            clock=self._clock,
+            wall_clock=self._wall_clock,
+        )
+        reaper = Reaper(self._store, config.expire_after_ms, clock=self._clock)
+        self._listener_part = _Part("udp-listener", self._listener, self._thread_ended, STUCK_AFTER_S)
+        self._parts = [self._listener_part, _Part("reaper", reaper, self._thread_ended, STUCK_AFTER_S)]
+        if self._log is not None:
+            self._parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
+        if http_socket is not None:
+            self._http = HttpServer(
+                http_socket, Query(self._store, self).answer, clock=self._clock, wall_clock=self._wall_clock
+            )
+            self._parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
+
+    def _bind_ports(self) -> socket.socket | None:
+        """Bind the UDP sockets and return the HTTP one, where it is wanted."""
+        config = self.config
+        any_number_for_both = config.udp_port == 0 and config.http_follows_udp
+        for remaining in range(PORT_TRIES if any_number_for_both else 1, 0, -1):
+            try:
+                self._sockets = open_sockets(self.address, config.udp_port, config.receive_buffer)
+            except OSError as error:
+                raise StartError(_cannot_listen("UDP", self.address, config.udp_port, error)) from error
+            self.udp_port = self._sockets[0].getsockname()[1]
+            if config.http_port is None:
+                return None
+            http_port = self.udp_port if config.http_follows_udp else config.http_port
+            try:
+                http_socket = _open_http_socket(self.address, http_port)
+            except OSError as error:
+                for sock in self._sockets:
+                    sock.close()
+                if error.errno != errno.EADDRINUSE or remaining == 1:
+                    raise StartError(_cannot_listen("TCP", self.address, http_port, error)) from error
+            else:
+                self.http_port = http_socket.getsockname()[1]
+                return http_socket
+        raise AssertionError  # the last try returns or raises
+
+    def _listen_report(self) -> None:
+        granted = granted_receive_buffer(self._sockets[0])
+        if granted < self.config.receive_buffer:
+            logger.warning(
+                "the kernel granted a smaller receive buffer asked=%d granted=%d, so that bursts may be lost: raise it"
+                " with `sysctl -w net.core.rmem_max=%d`, or set %sRECEIVE_BUFFER to what is granted",
+                self.config.receive_buffer,
+                granted,
+                self.config.receive_buffer,
+                PREFIX,
+            )
+        self._receive_buffer_bytes = granted
+
+    def _open_log(self) -> None:
+        config = self.config
+        log = StateLog(
+            os.path.abspath(config.log_file),
+            config.log_max_bytes,
+            config.log_backups,
+            clock=self._clock,
+            wall_clock=self._wall_clock,
+        )
+        try:
+            log.open("gateway_started", self.describe(), **self._identity())
+        except OSError as error:
+            raise StartError(_cannot_log(log.path, error)) from error
+        self._log = log
+
+    def start(self) -> None:
+        """Start every thread; everything is open by now."""
+        for part in self._parts:
+            part.thread.start()
+        self._ready = True
+
+    def describe(self) -> str:
+        """The network mode, and what was really bound."""
+        udp = [format_address(*sock.getsockname()[:2]) for sock in self._sockets]
+        http_at = "off" if self.http_port is None else f"http://{format_address(self.address, self.http_port)}"
+        log = os.path.abspath(self.config.log_file) if self.config.enable_log else "off"
+        return f"network mode: {self.config.network_mode}, UDP {' and '.join(udp)}, HTTP {http_at}, state log {log}"
+
+    def reopen_log(self) -> None:
+        """Open the state log anew, as after SIGHUP; safe in a signal handler."""
+        if self._log is not None:
+            self._log.reopen()
+
+    def _thread_ended(self, name: str) -> None:
+        if self._stopping:
+            return
+        self._died_of = name
+        self._ready = False
+        if self._on_death is not None:
+            self._on_death(name)
+        else:
+            threading.Thread(target=self.shutdown, name="gateway-shutdown", daemon=True).start()
+
+    def shutdown(self) -> None:
+        """Stop: intake first, then the log once it has everything, then the answers. Within 5 s; twice is harmless."""
+        if os.getpid() != self._pid:
+            return  # a forked child: the threads, and the files' contents, are its parent's
+        with self._shutdown_lock:
+            if self._is_shut_down or not self._parts:
+                return
+            self._ready = False
+            self._stopping = True
+            stop_timeouts_s = {"udp-listener": 1.5, "reaper": 0.3, "state-log": 2.0, "query-server": 0.8}
+            for part in self._parts:
+                ended = part.stop(stop_timeouts_s[part.name])
+                if not ended:
+                    logger.error("gave up waiting for a thread thread=%s", part.name)
+                elif part.component is self._log:
+                    self._close_log(self._log)
+                elif part.component is not self._log and hasattr(part.component, "close"):
+                    part.component.close()
+            self._is_shut_down = True
+
+    def _close_log(self, log: StateLog) -> None:
+        stats = self.get_stats()
+        stopped = {name: stats[name] for name in _FINAL_COUNTERS}
+        given_up = log.close("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
+        if given_up:
+            logger.error("gave up on states that could not be written states=%d file=%s", given_up, log.path)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> str:
+        """The version of the gateway."""
+        return VERSION
+
+    def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
+        """The eight fields of every known engine, live or stale, by engine_id; the caller may change it in place.
+
+        Raises RuntimeError where a thread of the gateway died: an old table must not pass for the present one.
+        """
+        self._refuse_if_dead()
+        return {view.state.engine_id: view.state.as_dict() for view in self._store.views()}
+
+    def get_engine_snapshot(self) -> dict[str, dict[str, Any]]:
+        """As `get_engine_states_dict`, with what /engines says of freshness too: status, age_ms, heartbeat, ..."""
+        self._refuse_if_dead()
+        return {view.state.engine_id: entry(view) for view in self._store.views()}
+
+    def get_engine_state(self, engine_id: str) -> EngineState | None:
+        """The state of one engine, live or stale, or None where it is not known; raises RuntimeError as above."""
+        self._refuse_if_dead()
+        view = self._store.view(engine_id)
+        return None if view is None else EngineState(**view.state.as_dict())
+
+    def get_active_engines_count(self) -> int:
+        """How many engines are live; raises RuntimeError as above."""
+        self._refuse_if_dead()
+        return self._store.counts()[0]
+
+    def get_total_engines_count(self) -> int:
+        """How many engines are known, live or stale; raises RuntimeError as above."""
+        self._refuse_if_dead()
+        return self._store.counts()[1]
+
+    def _refuse_if_dead(self) -> None:
+        if self._died_of is not None:
+            raise RuntimeError(f"the state gateway has stopped: its thread {self._died_of} died, see the log")
+
+    def get_stats(self) -> dict[str, Any]:
+        """The document of /stats; the counters of datagrams are of one moment and add up."""
+        tally = self._store.tally()
+        live, total = self._store.counts()
+        log = LogCounters() if self._log is None else self._log.counters()
+        mode = self.config.network_mode
+        return {
+            **self._identity(),
+            "uptime_s": round(self._clock() - self._started_at, 3),
+            "active_engines": live,
+            "total_engines": total,
+            "total_received": tally.received,
+            "valid_states": tally.valid_states,
+            "invalid_states": tally.invalid_states,
+            "unicast_received": tally.received if mode == UNICAST else 0,
+            "broadcast_received": tally.received if mode == BROADCAST else 0,
+            "heartbeats": tally.heartbeats,
+            "duplicates": tally.duplicates,
+            "out_of_order": tally.out_of_order,
+            "rejected_capacity": tally.rejected_capacity,
+            "rejected_source": tally.rejected_source,
+            "expired_engines": tally.expired_engines,
+            "invalid_reasons": tally.invalid,
+            "last_received": tally.last_received_s,
+            "receive_buffer_bytes": self._receive_buffer_bytes,
+            "kernel_dropped": self._listener.kernel_dropped(),
+            "log": {
+                "enabled": self.config.enable_log,
+                "file": os.path.abspath(self.config.log_file),
+                "written": log.written,
+                "dropped": log.dropped,
+                "errors": log.errors,
+                "rotations": log.rotations,
+            },
+            "http": {
+                "connections": 0 if self._http is None else self._http.connections,
+                "requests": 0 if self._http is None else self._http.requests,
+                "rejected_connections": 0 if self._http is None else self._http.rejected_connections,
+            },
+            "own_log_dropped": self._own_log_dropped(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "instance": self._instance,
+            "network_mode": self.config.network_mode,
+            "bind_address": self.address,
+            "udp_port": self.udp_port,
+            "http_port": self.http_port,
+            "stale_threshold_ms": self.config.stale_threshold_ms,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What heads the document of /engines."""
+        return {
+            "instance": self._instance,
+            "uptime_ms": int((self._clock() - self._started_at) * 1000),
+            "time_ms": int(self._wall_clock() * 1000),
+            "stale_threshold_ms": self.config.stale_threshold_ms,
+        }
+
+    def threads(self) -> dict[str, bool]:
+        """For each thread, by name, whether it is alive and moving."""
+        now = self._clock()
+        # After a pause of the whole process every thread is late for a moment, and none is stuck.
+        resumed = self._http is not None and now - self._http.resumed_at < 1.0
+        return {part.name: part.moves(now) or (resumed and part.thread.is_alive()) for part in self._parts}
+
+    def is_ready(self) -> bool:
+        """Whether everything is open and nothing is stopping."""
+        return self._ready
+
+
+_FINAL_COUNTERS = (
+    "uptime_s", "total_engines", "total_received", "valid_states", "invalid_states", "heartbeats", "duplicates",
+    "out_of_order", "rejected_capacity", "rejected_source", "expired_engines", "invalid_reasons", "kernel_dropped",
+)  # fmt: skip
+
+
+def _open_http_socket(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # For TCP this lets a restart bind while old connections time out; two listeners are still impossible.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
+        sock.setblocking(False)
+        sock.bind(socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)[0][4])
+        sock.listen(HTTP_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _cannot_listen(protocol: str, address: str, port: int, error: OSError) -> str:
+    variable = PREFIX + ("UDP_PORT" if protocol == "UDP" else "HTTP_PORT")
+    problem = f"cannot listen on {protocol} {format_address(address, port)}: {error.strerror}"
+    if error.errno == errno.EADDRINUSE:
+        flag = "u" if protocol == "UDP" else "t"
+        return (
+            f"{problem}; another process has the port, perhaps another gateway: see which with"
+            f" `ss -l{flag}np 'sport = :{port}'` or `lsof -i :{port}` as root, stop it, or set another {variable}."
+            " Where another process of the same router runs the gateway, that one can be read over HTTP at /engines"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"{problem}; no interface of this host has that address: `ip addr` shows those that there are, and"
+            f" {PREFIX}BIND_ADDRESS=0.0.0.0 listens on all of them"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{problem}; a port below 1024 needs root or CAP_NET_BIND_SERVICE: set {variable} to 1024 or above"
+    return f"{problem}; see {PREFIX}BIND_ADDRESS and {variable}"
+
+
+def _cannot_log(path: str, error: OSError) -> str:
+    problem = f"cannot open the state log {path}: {error.strerror}"
+    if error.errno == errno.ENXIO:
+        problem += " (a FIFO that nobody reads, or a socket)"
+    return (
+        f"{problem}; set {PREFIX}LOG_FILE to a file that this user can write, with room on its disk, or"
+        f" {PREFIX}ENABLE_LOG=false"
+    )
+
+
+# -- in the process of a router ----------------------------------------------------------------------------------------
+
+_process_lock = threading.Lock()  # guards the one below
+_process_gateway: StateGateway | None = None
+
+
+def get_state_gateway() -> StateGateway:
+    """The one gateway of this process, started from the environment at the first call.
+
+    Raises ConfigError or StartError where it cannot be started; a later call tries again, also after `shutdown`.
+    No signal handler is installed and no logging is configured. Any thread may call it.
+    """
+    global _process_gateway
+    with _process_lock:
+        if _process_gateway is None or _process_gateway._stopping or _process_gateway._died_of is not None:
+            if _process_gateway is not None:
+                _process_gateway.shutdown()  # lets go of the port, where that is still going on
+            gateway = StateGateway(read_config(os.environ))
+            gateway.open()
+            gateway.start()
+            atexit.register(gateway.shutdown)
+            logger.info("ready: %s", gateway.describe())
+            _process_gateway = gateway
+        return _process_gateway
+
+
+def _forget_gateway_of_parent() -> None:
+    global _process_gateway, _process_lock
+    _process_lock = threading.Lock()
+    _process_gateway = None  # its threads are not in this process
+
+
+os.register_at_fork(after_in_child=_forget_gateway_of_parent)
+
+
+# -- the daemon --------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the daemon until it is told to stop; returns the exit status."""
+    exits: queue.SimpleQueue[str] = queue.SimpleQueue()
+    options = _parse_arguments(arguments)
+    try:
+        config = read_config(os.environ)
+    except ConfigError as error:
+        for line in error.errors:
+            _complain(line)
+        return 2
+    if options.check_config:
+        for line in unknown_variables(os.environ):
+            _complain(line)
+        print(effective_settings(config, os.environ))  # noqa: T201 - this is what it was asked for
+        return 0
+    if options.health_check:
+        return _health_check(config)
+    return _run_daemon(config, exits)
+
+
+def _run_daemon(config: Config, exits: queue.SimpleQueue[str]) -> int:
+    _occupy_standard_descriptors()
+    daemon_log = DaemonLog(config.log_level)
+    gateway = StateGateway(
+        config,
+        on_death=lambda name: exits.put(f"thread {name} died"),
+        own_log_dropped=lambda: daemon_log.dropped,
+    )
+    stopped_by: list[str] = []
+
+    def stop(signal_number: int, _: object) -> None:
+        stopped_by.append(signal.Signals(signal_number).name)
+        exits.put(stopped_by[0])
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, lambda *_: gateway.reopen_log())
+    try:
+        for line in unknown_variables(os.environ):
+            logger.warning("%s", line)
+        try:
+            gateway.open()
+        except StartError as error:
+            logger.error("%s", error)
+            return 1
+        gateway.start()
+        logger.info("ready: %s", gateway.describe())
+        reason = _wait_for_exit(gateway, exits)
+        logger.info("stopping reason=%s", reason)
+        gateway.shutdown()
+        logger.info("stopped %s", _summary(gateway.get_stats()))
+        return 0 if stopped_by and reason == stopped_by[0] else 1
+    finally:
+        daemon_log.close()
+
+
+def _wait_for_exit(gateway: StateGateway, exits: queue.SimpleQueue[str]) -> str:
+    """Wait for a reason to exit, with a line of statistics now and then."""
+    interval_s = gateway.config.stats_interval_s
+    dropped_before = 0
+    while True:
+        try:
+            return exits.get(timeout=interval_s or None)
+        except queue.Empty:
+            stats = gateway.get_stats()
+        logger.info("summary %s", _summary(stats))
+        dropped = stats["kernel_dropped"] or 0
+        if dropped > dropped_before:
+            count = dropped - dropped_before
+            logger.warning("the kernel dropped datagrams count=%d, its receive buffer being full", count)
+        dropped_before = dropped
+
+
+def _summary(stats: dict[str, Any]) -> str:
+    names = ("active_engines", "total_engines", "total_received", "valid_states", "invalid_states", "kernel_dropped")
+    log = stats["log"]
+    return (
+        " ".join(f"{name}={stats[name]}" for name in names)
+        + f" log_written={log['written']} log_dropped={log['dropped']}"
+    )
+
+
+def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gateway.py",
+        description="Takes the states that vLLM engines push by UDP, says how fresh they are, logs and serves them.",
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"elrar-state-gateway {VERSION}")
+    parser.add_argument(
+        "--check-config",
+        action="store_true",
+        help="print the effective settings and exit: 0, or 2 where a setting cannot be used",
+    )
+    parser.add_argument(
+        "--health-check",
+        action="store_true",
+        help="ask the running gateway's /livez and exit: 0 where it is alive, else 1",
+    )
+    return parser.parse_args(arguments)
+
+
+def _health_check(config: Config) -> int:
+    """Ask the gateway that runs with the same settings whether it is alive."""
+    if not config.http_port:
+        _complain(f"cannot ask: {PREFIX}HTTP_PORT is {'off' if config.http_port is None else 'any free one'}")
+        return 1
+    address = listen_address(config.network_mode, config.bind_address)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    connection = http.client.HTTPConnection(host, config.http_port, timeout=3)
+    try:
+        connection.request("GET", "/livez")
+        response = connection.getresponse()
+        answer = response.read(4096).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException) as error:
+        _complain(f"no answer from http://{format_address(host, config.http_port)}/livez: {error}")
+        return 1
+    finally:
+        connection.close()
+    print(answer)  # noqa: T201 - this is what it was asked for
+    return 0 if response.status == 200 else 1
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201 - before there is a log
+
+
+def _occupy_standard_descriptors() -> None:
+    """Open 0, 1 and 2 where they are closed, so that no socket gets such a number and the log is not sent into it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
