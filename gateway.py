@@ -31,6 +31,7 @@ from typing import Any
 
 from config import (
     BROADCAST,
+    LOG_LEVEL_VARIABLE,
     PREFIX,
     UNICAST,
     Config,
@@ -226,9 +227,9 @@ class StateGateway:
 
     def start(self) -> None:
         """Start every thread; everything is open by now."""
+        self._ready = True  # first, because a thread that dies at once takes it back
         for part in self._parts:
             part.thread.start()
-        self._ready = True
 
     def describe(self) -> str:
         """The network mode, and what was really bound."""
@@ -463,7 +464,11 @@ def get_state_gateway() -> StateGateway:
         if _process_gateway is None or _process_gateway._stopping or _process_gateway._died_of is not None:
             if _process_gateway is not None:
                 _process_gateway.shutdown()  # lets go of the port, where that is still going on
-            gateway = StateGateway(read_config(os.environ))
+            # The router's own logging may know levels that the daemon does not.
+            environ = {name: value for name, value in os.environ.items() if name != LOG_LEVEL_VARIABLE}
+            gateway = StateGateway(read_config(environ))
+            for line in unknown_variables(environ):
+                logger.warning("%s", line)
             gateway.open()
             gateway.start()
             atexit.register(gateway.shutdown)

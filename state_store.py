@@ -173,6 +173,10 @@ class _Engine:
         self.said_stale = False
 
 
+def _whole_ms(seconds: float) -> int:
+    return int(seconds * 1000 + 1e-3)  # a difference of two floats may be a hair below the millisecond that it is
+
+
 class StateStore:
     """The latest state of every engine, for any number of threads.
 
@@ -260,7 +264,7 @@ class StateStore:
         return ACCEPTED
 
     def _is_live(self, age_s: float) -> bool:
-        return int(age_s * 1000) <= self._stale_ms
+        return _whole_ms(age_s) <= self._stale_ms
 
     def drained(self, at: float) -> None:
         """The listener says that everything that had arrived by `at` (monotonic, s) has been taken.
@@ -280,7 +284,7 @@ class StateStore:
         removed = 0
         with self._lock:
             for engine_id, engine in silent:
-                silence_ms = int((drained_at - engine.heard_at) * 1000)
+                silence_ms = _whole_ms(drained_at - engine.heard_at)
                 if silence_ms > self._expire_ms:
                     del self._engines[engine_id]
                     removed += 1
@@ -342,13 +346,13 @@ class StateStore:
     def _view(self, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
         state, heartbeat, shown_at, received_s, source = engine.shown
-        age_ms = max(0, int((now - engine.heard_at) * 1000))
+        age_ms = max(0, _whole_ms(now - engine.heard_at))
         return EngineView(
             state,
             heartbeat,
             LIVE if age_ms <= self._stale_ms else STALE,
             age_ms,
-            max(age_ms, int((now - shown_at) * 1000)),
+            max(age_ms, _whole_ms(now - shown_at)),
             int(received_s * 1000),
             source,
         )

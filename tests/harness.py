@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +138,18 @@ def logged_states(path: Path) -> list[dict[str, Any]]:
     return [document["state"] for document in read_log(path) if "state" in document]
 
 
+def gateway_command(*arguments: str) -> list[str]:
+    """The README's command, with the interpreter and the warnings that the tests run with."""
+    return [sys.executable, *(f"-W{option}" for option in sys.warnoptions), str(TOP / "gateway.py"), *arguments]
+
+
 class Daemon:
     """The gateway in a process of its own, started with the README's command."""
 
-    def __init__(self, *, cwd: Path, arguments: tuple[str, ...] = (), command: Any = None, **settings: object) -> None:
+    def __init__(self, cwd: Path, settings: Mapping[str, object], command: Sequence[str] = ()) -> None:
         environment = clean_environment(**{"UDP_PORT": 0, **settings})
         self.process = subprocess.Popen(
-            command
-            or [sys.executable, *(f"-W{option}" for option in sys.warnoptions), str(TOP / "gateway.py"), *arguments],
+            command or gateway_command(),
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -233,6 +237,6 @@ def daemon(folder: Path | None = None, **settings: object) -> Iterator[Daemon]:
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        running = Daemon(cwd=folder, **settings)
+        running = Daemon(folder, settings)
         stack.callback(running.close)
         yield running.wait_ready()

@@ -1,0 +1,485 @@
+"""The whole gateway in one process: its counters, its threads, and its use from Python (the contract's section 7)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import gateway as gateway_module
+from config import ConfigError, read_config
+from gateway import StartError, StateGateway, get_state_gateway
+from tests.harness import (
+    DEADLINE_S,
+    TOP,
+    FakeClock,
+    ask,
+    clean_environment,
+    datagram,
+    fields,
+    heartbeat,
+    read_log,
+    wait_until,
+)
+from tests.test_query import parse_metrics
+
+LOOPBACK = {"BIND_ADDRESS": "127.0.0.1", "UDP_PORT": 0}
+
+
+class GatewayCase(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.log_file = self.folder / "states.jsonl"
+
+    def config(self, **settings: object) -> Any:
+        merged = {**LOOPBACK, "LOG_FILE": self.log_file, **settings}
+        return read_config({f"VLLM_STATE_GATEWAY_{name}": str(value) for name, value in merged.items()})
+
+    def run_gateway(self, *, clock: FakeClock | None = None, **settings: object) -> StateGateway:
+        gateway = StateGateway(self.config(**settings), clock=clock or time.monotonic)
+        gateway.open()
+        self.addCleanup(gateway.shutdown)
+        gateway.start()
+        return gateway
+
+    def send(self, gateway: StateGateway, *datagrams: bytes) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for one in datagrams:
+                sock.sendto(one, ("127.0.0.1", gateway.udp_port))
+
+    def received(self, gateway: StateGateway, count: int) -> dict[str, Any]:
+        return wait_until(  # type: ignore[no-any-return]
+            f"{count} received", lambda: (stats := gateway.get_stats())["total_received"] >= count and stats
+        )
+
+
+class Statistics(GatewayCase):
+    """/stats and /metrics show every counter, from the same numbers."""
+
+    def test_every_outcome_is_counted_once_and_the_sum_is_right(self) -> None:
+        gateway = self.run_gateway(MAX_ENGINES=1)
+        with self.assertLogs("elrar.listener", "WARNING"):
+            self.send(
+                gateway,
+                datagram(timestamp_ms=1000),
+                datagram(timestamp_ms=1000),
+                datagram(timestamp_ms=900),
+                heartbeat(timestamp_ms=1100),
+                datagram(engine_id="one too many"),
+                b"junk",
+                b"\xff",
+                datagram(timestamp_ms=1200),
+            )
+            stats = self.received(gateway, 8)
+        expected = {
+            "network_mode": "unicast",
+            "bind_address": "127.0.0.1",
+            "udp_port": gateway.udp_port,
+            "stale_threshold_ms": 2000,
+            "version": gateway_module.VERSION,
+            "active_engines": 1,
+            "total_engines": 1,
+            "total_received": 8,
+            "valid_states": 5,
+            "invalid_states": 2,
+            "unicast_received": 8,
+            "broadcast_received": 0,
+            "heartbeats": 1,
+            "duplicates": 1,
+            "out_of_order": 1,
+            "rejected_capacity": 1,
+            "rejected_source": 0,
+            "expired_engines": 0,
+            "kernel_dropped": 0 if sys.platform == "linux" else None,
+        }
+        self.assertEqual({name: stats[name] for name in expected}, expected)
+        self.assertEqual({r: n for r, n in stats["invalid_reasons"].items() if n}, {"not_json": 1, "not_utf8": 1})
+        self.assertGreater(stats["last_received"], 1.7e9)
+        self.assertGreater(stats["receive_buffer_bytes"], 0)
+        written = wait_until("the log to be written", lambda: gateway.get_stats()["log"]["written"])
+        self.assertEqual(written, stats["valid_states"] - stats["duplicates"])
+        log = {"enabled": True, "file": str(self.log_file), "written": 4, "dropped": 0, "errors": 0, "rotations": 0}
+        self.assertEqual(gateway.get_stats()["log"], log)
+
+    def test_http_shows_the_same_as_python(self) -> None:
+        gateway = self.run_gateway()
+        assert gateway.http_port is not None
+        self.send(gateway, datagram())
+        self.received(gateway, 1)
+        shown, own = ask(gateway.http_port, "/stats").json, gateway.get_stats()
+        self.assertEqual(list(shown), list(own))
+        for name in ("total_received", "valid_states", "instance", "invalid_reasons", "receive_buffer_bytes"):
+            self.assertEqual(shown[name], own[name])
+        snapshot = ask(gateway.http_port, "/engines").json
+        self.assertEqual(snapshot["instance"], own["instance"])
+        self.assertEqual(list(snapshot["engines"]), ["test"])
+
+    def test_metrics_are_valid_named_by_the_rules_and_show_the_counters(self) -> None:
+        gateway = self.run_gateway()
+        assert gateway.http_port is not None
+        with self.assertLogs("elrar.listener", "WARNING"):
+            self.send(gateway, datagram(), datagram(), b"junk")
+            self.received(gateway, 3)
+        answer = ask(gateway.http_port, "/metrics")
+        self.assertEqual(answer.headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+        types, samples = parse_metrics(answer.body.decode())
+        self.assertEqual(set(types), set(samples))
+        for name, kind in types.items():
+            with self.subTest(name):
+                self.assertTrue(name.startswith("elrar_state_gateway_"))
+                self.assertEqual(name.endswith("_total"), kind == "counter")
+                self.assertNotRegex(name, "_ms$|_ms_|milli|kilo|mega")
+        outcomes = {dict(labels)["outcome"]: n for labels, n in samples["elrar_state_gateway_datagrams_total"].items()}
+        self.assertEqual(
+            {outcome: n for outcome, n in outcomes.items() if n}, {"accepted": 1, "duplicate": 1, "invalid": 1}
+        )
+        (info,) = samples["elrar_state_gateway_info"]
+        self.assertEqual(dict(info)["version"], gateway_module.VERSION)
+        ((_, known),) = [
+            (s, n) for s, n in samples["elrar_state_gateway_engines"].items() if s == (("status", "live"),)
+        ]
+        self.assertEqual(known, 1)
+
+    def test_before_anything_came_last_received_is_null(self) -> None:
+        self.assertIsNone(self.run_gateway().get_stats()["last_received"])
+
+    def test_without_a_log_it_says_so(self) -> None:
+        gateway = self.run_gateway(ENABLE_LOG="false")
+        self.send(gateway, datagram())
+        stats = self.received(gateway, 1)
+        self.assertEqual((stats["log"]["enabled"], stats["log"]["written"]), (False, 0))
+        self.assertFalse(self.log_file.exists())
+
+
+class Opening(GatewayCase):
+    """Everything is opened, or nothing is and the error says what to do."""
+
+    def test_one_number_for_udp_and_http(self) -> None:
+        gateway = self.run_gateway()
+        self.assertEqual(gateway.http_port, gateway.udp_port)
+        self.assertNotEqual(gateway.udp_port, 0)
+
+    def test_http_can_have_its_own_port_or_none(self) -> None:
+        self.assertNotEqual((gateway := self.run_gateway(HTTP_PORT=0)).http_port, gateway.udp_port)
+        without = self.run_gateway(HTTP_PORT="off")
+        self.assertIsNone(without.http_port)
+        self.assertEqual(sorted(without.threads()), ["reaper", "state-log", "udp-listener"])
+
+    def assert_start_error(self, pattern: str, **settings: object) -> None:
+        gateway = StateGateway(self.config(**settings))
+        with self.assertRaisesRegex(StartError, pattern):
+            gateway.open()
+        gateway.shutdown()
+
+    def test_a_udp_port_that_is_taken(self) -> None:
+        other = self.run_gateway(ENABLE_LOG="false")
+        self.assert_start_error(
+            rf"cannot listen on UDP 127\.0\.0\.1:{other.udp_port}: Address already in use.*ss -lunp.*UDP_PORT.*HTTP",
+            UDP_PORT=other.udp_port,
+        )
+
+    def test_a_tcp_port_that_is_taken_lets_go_of_the_udp_port(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            self.assert_start_error(rf"cannot listen on TCP 127\.0\.0\.1:{port}.*ss -ltnp.*HTTP_PORT", HTTP_PORT=port)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+                free.bind(("127.0.0.1", 0))
+                udp_port = free.getsockname()[1]
+            self.assert_start_error("cannot listen on TCP", UDP_PORT=udp_port, HTTP_PORT=port)
+            self.run_gateway(UDP_PORT=udp_port, HTTP_PORT=0)
+
+    def test_an_address_of_another_host(self) -> None:
+        self.assert_start_error("no interface of this host has that address.*ip addr", BIND_ADDRESS="192.0.2.1")
+
+    def test_a_log_that_cannot_be_opened(self) -> None:
+        for path in (self.folder, "/dev/full", self.folder / "states.jsonl" / "x"):
+            self.log_file.touch()
+            with self.subTest(str(path)):
+                self.assert_start_error(rf"cannot open the state log {path}.*LOG_FILE.*ENABLE_LOG=false", LOG_FILE=path)
+
+    def test_a_smaller_receive_buffer_than_asked_is_told_with_the_remedy(self) -> None:
+        with (
+            mock.patch("udp_listener._SO_RCVBUFFORCE", socket.SO_RCVBUF),
+            self.assertLogs("elrar.gateway", "WARNING") as logged,
+        ):
+            self.run_gateway(RECEIVE_BUFFER=2**30 - 1)
+        self.assertIn("sysctl -w net.core.rmem_max=1073741823", logged.output[0])
+
+    def test_broadcast_mode_says_that_the_address_is_not_used(self) -> None:
+        with self.assertLogs("elrar.gateway", "WARNING") as logged:
+            gateway = self.run_gateway(NETWORK_MODE="broadcast")
+        self.assertIn("BIND_ADDRESS=127.0.0.1 is not used", logged.output[0])
+        self.send(gateway, datagram())
+        stats = self.received(gateway, 1)
+        self.assertEqual((stats["broadcast_received"], stats["unicast_received"]), (1, 0))
+        self.assertEqual((stats["bind_address"], stats["network_mode"]), ("0.0.0.0", "broadcast"))
+
+
+class Stopping(GatewayCase):
+    """Intake stops first, then the log has everything, then the answers end; twice is harmless."""
+
+    def test_everything_received_is_in_the_log(self) -> None:
+        gateway = self.run_gateway()
+        self.send(gateway, *(datagram(timestamp_ms=number) for number in range(500)))
+        gateway.shutdown()
+        stats = gateway.get_stats()
+        first, *states, last = read_log(self.log_file)
+        self.assertEqual([line["state"]["timestamp_ms"] for line in states], list(range(500)))
+        self.assertEqual(stats["log"]["written"], 500)
+        self.assertEqual((first["event"], last["event"]), ("gateway_started", "gateway_stopped"))
+        self.assertIn("network mode: unicast", first["message"])
+        self.assertEqual((last["total_received"], last["valid_states"], last["log_written"]), (500, 500, 500))
+
+    def test_twice_at_once_is_harmless(self) -> None:
+        gateway = self.run_gateway()
+        others = [threading.Thread(target=gateway.shutdown) for _ in range(3)]
+        for other in others:
+            other.start()
+        for other in others:
+            other.join(DEADLINE_S)
+        gateway.shutdown()
+        self.assertEqual([line["event"] for line in read_log(self.log_file)], ["gateway_started", "gateway_stopped"])
+        self.assertFalse(gateway.is_ready())
+
+    def test_no_thread_and_no_port_is_left(self) -> None:
+        before = set(threading.enumerate())
+        gateway = self.run_gateway()
+        port = gateway.udp_port
+        gateway.shutdown()
+        self.assertEqual(set(threading.enumerate()), before)
+        self.assertEqual(self.run_gateway(UDP_PORT=port).udp_port, port)
+
+
+class Threads(GatewayCase):
+    """A dead thread is a dead gateway, and a stuck one shows at /livez."""
+
+    def test_all_threads_move(self) -> None:
+        gateway = self.run_gateway()
+        self.assertEqual(
+            gateway.threads(), dict.fromkeys(("udp-listener", "reaper", "state-log", "query-server"), True)
+        )
+
+    def test_each_thread_that_dies_is_reported_with_its_traceback(self) -> None:
+        for name, method in (
+            ("udp-listener", "udp_listener.UdpListener.step"),
+            ("reaper", "state_store.StateStore.sweep"),
+            ("state-log", "state_log.StateLog._take_waiting"),
+            ("query-server", "http_server.HttpServer._wait"),
+        ):
+            with self.subTest(name):
+                dead: list[str] = []
+                gateway = StateGateway(self.config(), on_death=dead.append)
+                gateway.open()
+                with (
+                    mock.patch(method, side_effect=ZeroDivisionError("nobody expected this")),
+                    self.assertLogs("elrar.gateway", "CRITICAL") as logged,
+                ):
+                    gateway.start()
+                    wait_until(f"{name} to die", lambda found=dead: found)  # type: ignore[misc]
+                self.assertEqual(dead, [name])
+                self.assertIn("nobody expected this", logged.output[0])
+                self.assertFalse(gateway.is_ready())
+                with self.assertRaisesRegex(RuntimeError, name):
+                    gateway.get_engine_states_dict()
+                gateway.shutdown()
+
+    def test_a_stuck_thread_shows_after_its_limit(self) -> None:
+        clock = FakeClock()
+        release, entered = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+
+        def stuck(_: object) -> int:
+            entered.set()
+            release.wait(DEADLINE_S)
+            return 0
+
+        with mock.patch("state_store.StateStore.sweep", stuck):
+            gateway = self.run_gateway(clock=clock)
+            assert gateway.http_port is not None
+            self.assertTrue(entered.wait(DEADLINE_S))
+            others = [part for part in gateway._parts if part.name != "reaper"]
+            for _ in range(6):
+                self.assertEqual(ask(gateway.http_port, "/livez").status, 200)
+                clock.move(1.9)  # less than what is taken for a pause of the whole process
+                wait_until("the others to move", lambda: all(p.component.moved_at == clock.now for p in others))
+            answer = ask(gateway.http_port, "/livez")
+            self.assertEqual(answer.status, 503)
+            stuck_threads = [name for name, state in answer.json["threads"].items() if state != "ok"]
+            self.assertEqual(stuck_threads, ["reaper"])
+            release.set()
+
+    def test_after_a_pause_of_the_whole_process_nobody_is_stuck(self) -> None:
+        clock = FakeClock()
+        gateway = self.run_gateway(clock=clock)
+        assert gateway.http_port is not None
+        clock.move(60)
+        self.assertEqual(ask(gateway.http_port, "/livez").status, 200)
+
+
+@contextlib.contextmanager
+def environment(**settings: object) -> Iterator[None]:
+    with mock.patch.dict(os.environ, clean_environment(**settings), clear=True):
+        yield
+
+
+class FromPython(GatewayCase):
+    """A router in the same process: one gateway, whose answers are the caller's own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(self.forget)
+
+    def forget(self) -> None:
+        if gateway_module._process_gateway is not None:
+            gateway_module._process_gateway.shutdown()
+        gateway_module._process_gateway = None
+
+    def get(self, **settings: object) -> StateGateway:
+        with environment(**{**LOOPBACK, "LOG_FILE": self.log_file, **settings}):
+            return get_state_gateway()
+
+    def test_there_is_one_gateway_and_it_starts_once(self) -> None:
+        found: list[StateGateway] = []
+        with environment(**{**LOOPBACK, "LOG_FILE": self.log_file}):
+            callers = [threading.Thread(target=lambda: found.append(get_state_gateway())) for _ in range(8)]
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.join(DEADLINE_S)
+        self.assertEqual(len(found), 8)
+        self.assertEqual(len(set(map(id, found))), 1)
+        self.assertEqual(len(read_log(self.log_file)), 1)
+
+    def test_the_dictionary_is_the_caller_s_own(self) -> None:
+        gateway = self.get()
+        self.send(gateway, datagram(), datagram(engine_id="http://a:8000"))
+        self.received(gateway, 2)
+        states = gateway.get_engine_states_dict()
+        self.assertEqual(states, {"test": fields(), "http://a:8000": fields(engine_id="http://a:8000")})
+        states["test"]["pending_tokens_total"] += 1000
+        del states["http://a:8000"]
+        self.assertEqual(gateway.get_engine_states_dict()["test"], fields())
+        self.assertEqual(gateway.get_total_engines_count(), 2)
+
+    def test_one_state_is_the_caller_s_own(self) -> None:
+        gateway = self.get()
+        self.send(gateway, datagram())
+        self.received(gateway, 1)
+        state = gateway.get_engine_state("test")
+        assert state is not None
+        self.assertEqual(state.as_dict(), fields())
+        state.pending_tokens_total = 0
+        again = gateway.get_engine_state("test")
+        assert again is not None
+        self.assertEqual(again.pending_tokens_total, 10)
+        self.assertIsNone(gateway.get_engine_state("nobody"))
+
+    def test_counts_and_freshness(self) -> None:
+        gateway = self.get()
+        self.send(gateway, datagram(), heartbeat(engine_id="idle"))
+        self.received(gateway, 2)
+        self.assertEqual((gateway.get_active_engines_count(), gateway.get_total_engines_count()), (2, 2))
+        snapshot = gateway.get_engine_snapshot()
+        self.assertEqual((snapshot["test"]["status"], snapshot["idle"]["heartbeat"]), ("live", True))
+        self.assertEqual(gateway.get_stats()["valid_states"], 2)
+
+    def test_an_error_is_raised_and_a_later_call_tries_again(self) -> None:
+        with self.assertRaises(ConfigError):
+            self.get(UDP_PORT="abc")
+        with self.assertRaises(StartError):
+            self.get(LOG_FILE=self.folder)
+        self.assertTrue(self.get().is_ready())
+
+    def test_after_a_shutdown_the_next_call_starts_a_new_one(self) -> None:
+        first = self.get()
+        first.shutdown()
+        second = self.get()
+        self.assertIsNot(first, second)
+        self.assertTrue(second.is_ready())
+
+    def test_a_gateway_whose_thread_died_is_replaced(self) -> None:
+        with (
+            mock.patch("state_store.StateStore.sweep", side_effect=ZeroDivisionError),
+            self.assertLogs("elrar.gateway", "CRITICAL"),
+        ):
+            first = self.get()
+            wait_until("the reaper to die", lambda: not first.is_ready())
+        with self.assertRaises(RuntimeError):
+            first.get_active_engines_count()
+        self.assertTrue(self.get(UDP_PORT=first.udp_port).is_ready())
+
+    def test_no_signal_handler_is_installed_and_no_logging_configured(self) -> None:
+        import signal
+
+        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+        handlers = logging.getLogger().handlers.copy()
+        self.get()
+        self.assertEqual([signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)], before)
+        self.assertEqual(logging.getLogger().handlers, handlers)
+
+    def test_a_logging_level_that_only_the_router_knows_is_no_error(self) -> None:
+        self.assertTrue(self.get(VLLM_LOGGING_LEVEL="CRITICAL").is_ready())
+
+
+ROUTER = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from gateway import get_state_gateway
+gateway = get_state_gateway()
+child = os.fork()
+if child == 0:
+    try:
+        get_state_gateway()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    gateway.shutdown()  # the parent's: nothing may happen to it
+    sys.exit(0)
+os.waitpid(child, 0)
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.sendto(sys.argv[2].encode(), ("127.0.0.1", gateway.udp_port))
+while not gateway.get_active_engines_count():
+    os.sched_yield()
+print(list(gateway.get_engine_states_dict()), flush=True)
+"""
+
+
+class SecondProcess(GatewayCase):
+    """A forked worker of the same router is told that the port is taken; the first goes on, and its log is whole."""
+
+    def test_a_fork_is_told_and_harms_nothing(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-c", ROUTER, str(TOP), datagram().decode()],
+            env=clean_environment(**{**LOOPBACK, "UDP_PORT": port, "HTTP_PORT": 0, "LOG_FILE": self.log_file}),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        error, engines = done.stdout.splitlines()
+        self.assertRegex(error, f"StartError cannot listen on UDP 127.0.0.1:{port}: Address already in use.*over HTTP")
+        self.assertEqual(engines, "['test']")
+        documents = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        self.assertEqual([d.get("event", "state") for d in documents], ["gateway_started", "state", "gateway_stopped"])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,353 @@
+"""HTTP as strangers speak it: one thread, bounded connections, deadlines; on real sockets, by a clock moved by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import unittest
+from typing import Any
+from unittest import mock
+
+import http_server
+from http_server import BadRequest, HttpServer, parse_head, take_head
+from query import Answer, QueryError
+from tests.harness import DEADLINE_S, FakeClock, wait_until
+
+BIG = b'"' + b"x" * (6 << 20) + b'"'  # more than the sockets' buffers hold for a reader with a small one
+
+
+def answer(target: str) -> Answer:
+    if target == "/big":
+        return Answer(200, BIG)
+    if target == "/error":
+        raise QueryError(404, "<b>no</b>")
+    if target == "/bug":
+        raise ZeroDivisionError("a bug")
+    return Answer(200, json.dumps({"target": target}).encode())
+
+
+class Client:
+    """A connection that sends what it is told, to the letter."""
+
+    def __init__(self, port: int) -> None:
+        self.sock = socket.socket()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self.sock.settimeout(DEADLINE_S)
+        self.sock.connect(("127.0.0.1", port))
+        self.file = self.sock.makefile("rb")
+
+    def send(self, data: bytes) -> Client:
+        self.sock.sendall(data)
+        return self
+
+    def response(self, *, head_only: bool = False) -> tuple[int, dict[str, str], bytes]:
+        status_line = self.file.readline()
+        match = re.fullmatch(rb"HTTP/1\.1 ([0-9]{3}) [A-Za-z -]+\r\n", status_line)
+        assert match, f"no status line: {status_line!r}"
+        headers = {}
+        while (line := self.file.readline()) != b"\r\n":
+            name, _, value = line.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        body = b"" if head_only else self.file.read(int(headers["content-length"]))
+        return int(match[1]), headers, body
+
+    def at_end(self) -> bool:
+        """Whether the server has closed the connection; waits for that."""
+        try:
+            return self.file.read(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+
+class ServerCase(unittest.TestCase):
+    max_connections = 64
+
+    def setUp(self) -> None:
+        self.clock = FakeClock()
+        listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        listener.setblocking(False)
+        self.port = listener.getsockname()[1]
+        self.server = HttpServer(listener, answer, max_connections=self.max_connections, clock=self.clock)
+        thread = threading.Thread(target=self.server.run)
+        thread.start()
+
+        def stop() -> None:
+            self.server.stop()
+            self.clock.move(1.0)
+            thread.join(DEADLINE_S)
+            self.assertFalse(thread.is_alive())
+            self.server.close()
+
+        self.addCleanup(stop)
+
+    def connect(self) -> Client:
+        client = Client(self.port)
+        self.addCleanup(client.close)
+        return client
+
+    def ask(self, request: bytes) -> tuple[int, dict[str, str], Any]:
+        """One request on a connection of its own; the body must be JSON."""
+        status, headers, body = self.connect().send(request).response()
+        return status, headers, json.loads(body)
+
+    def wait_connections(self, count: int) -> None:
+        wait_until(f"{count} connections", lambda: self.server.connections == count)
+
+    def wait_requests(self, count: int) -> None:
+        wait_until(f"{count} answers to be made", lambda: self.server.requests == count)
+
+
+class Requests(ServerCase):
+    """Plain requests, one after another on a connection."""
+
+    def test_keep_alive_and_pipelining_keep_the_order(self) -> None:
+        client = self.connect()
+        client.send(b"".join(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number for number in range(200)))
+        for number in range(200):
+            status, headers, body = client.response()
+            self.assertEqual((status, json.loads(body)), (200, {"target": f"/{number}"}))
+            self.assertNotIn("connection", headers)
+
+    def test_pipelined_requests_are_answered_after_the_client_s_last_byte_too(self) -> None:
+        client = self.connect()
+        client.send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
+        client.sock.shutdown(socket.SHUT_WR)
+        for _ in range(100):
+            self.assertEqual(client.response()[0], 200)
+        self.assertTrue(client.at_end())
+
+    def test_a_request_that_comes_byte_by_byte_is_answered(self) -> None:
+        client = self.connect()
+        for byte in b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n":
+            client.send(bytes([byte]))
+        self.assertEqual(json.loads(client.response()[2]), {"target": "/slow"})
+
+    def test_head_is_get_without_the_body(self) -> None:
+        client = self.connect()
+        client.send(b"HEAD /x HTTP/1.1\r\nHost: a\r\n\r\nGET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        _, head_headers, _ = client.response(head_only=True)
+        _, get_headers, body = client.response()
+        self.assertEqual(head_headers, get_headers)
+        self.assertEqual(int(head_headers["content-length"]), len(body))
+
+    def test_http_1_0_is_closed_unless_it_asks_otherwise(self) -> None:
+        client = self.connect().send(b"GET /x HTTP/1.0\r\n\r\n")
+        self.assertEqual(client.response()[1]["connection"], "close")
+        self.assertTrue(client.at_end())
+        client = self.connect().send(b"GET /x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2)
+        self.assertEqual([client.response()[1]["connection"] for _ in range(2)], ["keep-alive"] * 2)
+
+    def test_connection_close_is_kept_to(self) -> None:
+        client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        self.assertEqual(client.response()[1]["connection"], "close")
+        self.assertTrue(client.at_end())
+
+    def test_other_forms_that_are_requests(self) -> None:
+        for request, target in (
+            (b"GET http://host:1/x?y=1 HTTP/1.1\r\nHost: a\r\n\r\n", "/x?y=1"),
+            (b"GET HTTP://host HTTP/1.1\r\nHost: a\r\n\r\n", "/"),
+            (b"GET /x HTTP/1.1\nHost: a\n\n", "/x"),
+            (b"\r\n\r\nGET /x HTTP/1.1\r\nHost: a\r\n\r\n", "/x"),
+            (b"GET // HTTP/1.1\r\nHost:\r\n\r\n", "//"),
+            (b"GET /../%00 HTTP/1.1\r\nhOST:a\r\n\r\n", "/../%00"),
+        ):
+            with self.subTest(request):
+                self.assertEqual(self.ask(request)[2], {"target": target})
+
+    def test_a_large_answer_arrives_whole(self) -> None:
+        status, _, body = self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").response()
+        self.assertEqual((status, body), (200, BIG))
+
+
+class Refusals(ServerCase):
+    """Whatever is no request that can be answered gets the right status as JSON, and the connection is closed."""
+
+    def test_statuses(self) -> None:
+        host = b"\r\nHost: a\r\n\r\n"
+        cases: tuple[tuple[int, bytes], ...] = (
+            (400, b"GET /\r\n\r\n"),
+            (400, b"hello\r\n\r\n"),
+            (400, b"hello\n"),
+            (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n"),
+            (400, b"GET / HTTP/1.1\r\n\r\n"),
+            (400, b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
+            (400, b"GET x HTTP/1.1" + host),
+            (400, b"GET /a b HTTP/1.1" + host),
+            (400, b"GET /\xff HTTP/1.1" + host),
+            (400, b"GET / HTTP/1.1\r\nHost : a\r\n\r\n"),
+            (400, b"GET / HTTP/1.1\r\nHost: a\r\n folded\r\n\r\n"),
+            (400, b"GET / HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n"),
+            (400, b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n"),
+            (400, b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"),
+            (405, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n" + b"x" * 100_000),
+            (405, b"DELETE /x HTTP/1.1" + host),
+            (405, b"MADE-UP /x HTTP/1.1" + host),
+            (405, b"OPTIONS * HTTP/1.1" + host),
+            (414, b"GET /" + b"x" * 70_000 + b" HTTP/1.1" + host),
+            (414, b"x" * 70_000),
+            (431, b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70_000 + b"\r\n\r\n"),
+            (431, b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: x\r\n" * 101 + b"\r\n"),
+            (431, b"GET / HTTP/1.1\r\n" + b"X: x\r\n" * 10_000),
+            (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+            (505, b"GET / HTTP/9.9" + host),
+        )
+        for expected, request in cases:
+            with self.subTest(request=request[:60]):
+                client = self.connect().send(request)
+                status, headers, body = client.response()
+                self.assertEqual(status, expected)
+                self.assertEqual(list(json.loads(body)), ["error"])
+                self.assertEqual(headers["content-type"], "application/json")
+                self.assertEqual(headers.get("allow"), "GET, HEAD" if status == 405 else None)
+        self.assertEqual(self.ask(b"GET /fine HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
+
+    def test_a_405_does_not_end_a_connection_that_sent_no_body(self) -> None:
+        client = self.connect().send(b"DELETE /x HTTP/1.1\r\nHost: a\r\n\r\nGET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertEqual([client.response()[0] for _ in range(2)], [405, 200])
+
+    def test_a_body_is_never_taken_for_a_request(self) -> None:
+        smuggled = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+        for head in (b"Content-Length: %d" % len(smuggled), b"Transfer-Encoding: chunked"):
+            client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n\r\n" + smuggled)
+            self.assertEqual(json.loads(client.response()[2]), {"target": "/x"})
+            self.assertTrue(client.at_end())
+
+    def test_an_error_of_the_answer_is_its_status(self) -> None:
+        status, headers, body = self.ask(b"GET /error HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertEqual((status, body), (404, {"error": "<b>no</b>"}))
+        self.assertEqual(headers["x-content-type-options"], "nosniff")
+
+    def test_a_bug_is_a_500_and_its_traceback_is_in_the_log(self) -> None:
+        with self.assertLogs("elrar.http", "ERROR") as logged:
+            self.assertEqual(self.ask(b"GET /bug HTTP/1.1\r\nHost: a\r\n\r\n")[0], 500)
+        self.assertIn("ZeroDivisionError", logged.output[0])
+
+
+class Deadlines(ServerCase):
+    """A slow client has an absolute deadline, whatever it sends now and then."""
+
+    def test_a_header_byte_now_and_then_does_not_help(self) -> None:
+        client = self.connect().send(b"GET / HTTP/1.1\r\n")
+        self.wait_connections(1)
+        with self.assertLogs("elrar.http", "WARNING"):
+            for _ in range(int(http_server.REQUEST_DEADLINE_S) + 1):
+                self.clock.move(1.0)
+                try:
+                    client.send(b"X")
+                except OSError:
+                    break
+            self.assertTrue(client.at_end())
+        self.assertEqual(self.server.rejected_connections, 1)
+
+    def test_a_reader_that_stops_reading_is_cut_off(self) -> None:
+        client = self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.wait_requests(1)
+        with self.assertLogs("elrar.http", "WARNING"):
+            self.clock.move(http_server.RESPONSE_DEADLINE_S + 1)
+            self.wait_connections(0)
+        self.assertLess(len(client.file.read()), len(BIG))
+
+    def test_an_idle_connection_is_closed_in_silence(self) -> None:
+        client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.response()
+        with self.assertNoLogs("elrar.http"):
+            self.clock.move(http_server.IDLE_DEADLINE_S + 1)
+            self.assertTrue(client.at_end())
+        self.assertEqual(self.server.rejected_connections, 0)
+
+    def test_a_pause_of_the_process_is_noticed(self) -> None:
+        self.assertEqual(self.server.resumed_at, float("-inf"))
+        self.clock.move(20)
+        wait_until("the pause to be noticed", lambda: self.server.resumed_at == self.clock.now)
+
+
+class Bounds(ServerCase):
+    """Connections are bounded; who asks nothing makes room, and health is answered to the last."""
+
+    max_connections = 8
+
+    def test_idle_connections_make_room_for_new_ones(self) -> None:
+        idle = [self.connect() for _ in range(8)]
+        for client in idle:
+            client.send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n").response()
+            self.clock.move(0.01)
+        for number in range(20):
+            self.assertEqual(self.ask(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number)[0], 200)
+        self.assertLessEqual(self.server.connections, 8)
+        self.assertTrue(idle[0].at_end())
+
+    def test_slow_requests_make_room_after_half_a_second(self) -> None:
+        for _ in range(8):
+            self.connect().send(b"GET / HTT")
+        self.wait_connections(8)
+        self.clock.move(0.6)
+        with self.assertLogs("elrar.http", "WARNING"):
+            self.assertEqual(self.ask(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
+
+    def test_behind_slow_readers_there_is_503_but_health_is_answered(self) -> None:
+        for number in range(8):
+            self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.wait_requests(number + 1)
+        with self.assertLogs("elrar.http", "WARNING"):
+            status, headers, body = self.ask(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.assertEqual((status, headers["connection"]), (503, "close"))
+            self.assertIn("8 connections", body["error"])
+            for path in (b"/livez", b"/health", b"/readyz"):
+                self.assertEqual(self.ask(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
+
+    def test_answers_that_nobody_reads_are_bounded_in_bytes(self) -> None:
+        with mock.patch("http_server.MAX_UNSENT_BYTES", 3 * len(BIG)), self.assertLogs("elrar.http", "WARNING"):
+            for number in range(4):
+                self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
+                self.wait_requests(number + 1)
+            status, _, body = self.ask(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.assertEqual((status, body), (503, {"error": "too many answers wait for slow readers"}))
+
+    def test_a_flood_of_connections_is_bounded(self) -> None:
+        for _ in range(8):
+            self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.wait_requests(8)
+        bound = 8 + http_server.RESERVE_CONNECTIONS
+        with self.assertLogs("elrar.http", "WARNING"):
+            for _ in range(200):
+                self.connect()
+            wait_until("connections to be turned away", lambda: self.server.rejected_connections >= 100)
+        self.assertLessEqual(self.server.connections, bound)
+
+
+class Heads(unittest.TestCase):
+    """The parser by itself: whatever is cut at any byte is waited for, never taken for a whole."""
+
+    def test_a_head_cut_at_any_byte_is_waited_for(self) -> None:
+        whole = b"GET /x HTTP/1.1\r\nHost: a\r\nX-Long: yes\r\n\r\n"
+        for end in range(len(whole)):
+            received = bytearray(whole[:end])
+            self.assertIsNone(take_head(received))
+        received = bytearray(whole + b"GET")
+        head = take_head(received)
+        assert head is not None
+        self.assertEqual(bytes(received), b"GET")
+        self.assertEqual(parse_head(head).target, "/x")
+
+    def test_random_bytes_are_refused_or_waited_for(self) -> None:
+        import random
+
+        rng = random.Random(20261122)
+        for _ in range(5000):
+            received = bytearray(rng.randbytes(rng.randrange(200)) + rng.choice([b"", b"\r\n\r\n", b"\n"]))
+            try:
+                head = take_head(received)
+                if head is not None:
+                    parse_head(head)
+            except BadRequest as error:
+                self.assertIn(error.status, http_server.REASON_PHRASES)
+
+
+if __name__ == "__main__":
+    unittest.main()

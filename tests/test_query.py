@@ -1,0 +1,280 @@
+"""What each path answers (the contract's section 6), without a socket."""
+
+from __future__ import annotations
+
+import json
+import re
+import unittest
+from typing import Any
+from urllib.parse import quote
+
+import metrics
+from engine_state import FIELDS, parse_datagram
+from query import Query, QueryError, entry
+from state_store import Batch, ReceivedState, StateStore
+from tests.harness import PLACEHOLDERS, FakeClock, datagram, fields
+
+WALL_S = 1755532567.5
+NASTY = (
+    "'\"\\<script>alert(1)</script>",
+    "../..",
+    "%2e%2f",
+    "/?#&=+",
+    "a/history",
+    "http://[::1]:8000/",
+    "引擎 😀",
+    "{}",
+)
+
+
+class AnyGateway:
+    """A gateway that says what it is told to."""
+
+    version = "1.2.3"
+
+    def __init__(self) -> None:
+        self.moving = {"udp-listener": True, "reaper": True}
+        self.ready = True
+
+    def get_stats(self) -> dict[str, Any]:
+        raise NotImplementedError  # tested with a real one, in test_gateway
+
+    def about(self) -> dict[str, Any]:
+        return {"instance": "i", "uptime_ms": 1, "time_ms": 2, "stale_threshold_ms": 2000}
+
+    def threads(self) -> dict[str, bool]:
+        return self.moving
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+
+class QueryCase(unittest.TestCase):
+    def setUp(self) -> None:
+        self.clock = FakeClock()
+        self.store = StateStore(2000, 6000, 1000, 3, clock=self.clock)
+        self.gateway = AnyGateway()
+        self.query = Query(self.store, self.gateway)
+
+    def take(self, **changes: Any) -> None:
+        received = ReceivedState(parse_datagram(datagram(**changes)), "10.0.0.1:5000")
+        self.store.take(Batch(self.clock(), WALL_S, [received]))
+
+    def get(self, target: str, status: int = 200) -> Any:
+        answer = self.query.answer(target)
+        self.assertEqual(answer.status, status)
+        self.assertEqual(answer.content_type, "application/json")
+        return json.loads(answer.body)
+
+    def assert_refused(self, target: str, status: int) -> None:
+        with self.assertRaises(QueryError) as refused:
+            self.query.answer(target)
+        self.assertEqual(refused.exception.status, status)
+
+
+class Engines(QueryCase):
+    """/engines: every engine, and how fresh it is."""
+
+    def test_an_entry_has_the_state_and_its_freshness(self) -> None:
+        self.take()
+        self.clock.move(0.25)
+        self.assertEqual(
+            self.get("/engines"),
+            {
+                "instance": "i",
+                "uptime_ms": 1,
+                "time_ms": 2,
+                "stale_threshold_ms": 2000,
+                "active_engines": 1,
+                "total_engines": 1,
+                "engines": {
+                    "test": {
+                        **fields(),
+                        "status": "live",
+                        "heartbeat": False,
+                        "age_ms": 250,
+                        "state_age_ms": 250,
+                        "received_ms": 1755532567500,
+                        "clock_offset_ms": 1755532567500 - 1234567890,
+                        "source": "10.0.0.1:5000",
+                    }
+                },
+            },
+        )
+
+    def test_none_is_an_empty_object(self) -> None:
+        self.assertEqual(self.get("/engines")["engines"], {})
+
+    def test_stale_engines_are_shown_as_such_and_can_be_left_out(self) -> None:
+        self.take(engine_id="old")
+        self.clock.move(2.5)
+        self.take(engine_id="new")
+        everything = self.get("/engines")
+        self.assertEqual(
+            {name: e["status"] for name, e in everything["engines"].items()}, {"old": "stale", "new": "live"}
+        )
+        live = self.get("/engines?status=live")
+        self.assertEqual(list(live["engines"]), ["new"])
+        self.assertEqual((live["active_engines"], live["total_engines"]), (1, 2))
+        self.assertEqual(list(self.get("/engines?status=stale")["engines"]), ["old"])
+
+    def test_a_heartbeat_is_marked(self) -> None:
+        self.take(**PLACEHOLDERS)
+        self.assertIs(self.get("/engines")["engines"]["test"]["heartbeat"], True)
+
+    def test_one_engine_is_its_entry(self) -> None:
+        self.take()
+        self.assertEqual(self.get("/engines/test"), self.get("/engines")["engines"]["test"])
+
+    def test_from_python_an_entry_is_the_same(self) -> None:
+        for engine_id in NASTY:
+            self.take(engine_id=engine_id, latency_pred_ms=100)
+        shown = self.get("/engines")["engines"]
+        self.assertEqual({view.state.engine_id: entry(view) for view in self.store.views()}, shown)
+
+    def test_nasty_names_are_opaque_keys(self) -> None:
+        for number, engine_id in enumerate(NASTY):
+            self.take(engine_id=engine_id, pending_tokens_total=number)
+        self.assertEqual(list(self.get("/engines")["engines"]), list(NASTY))
+        for number, engine_id in enumerate(NASTY):
+            with self.subTest(engine_id):
+                path = "/engines/" + quote(engine_id, safe="")
+                self.assertEqual(self.get(path)["pending_tokens_total"], number)
+                self.assertEqual(self.get(path + "?x=y")["engine_id"] if "?" not in engine_id else engine_id, engine_id)
+                self.assertEqual(self.get(path + "/history")[0]["engine_id"], engine_id)
+
+    def test_a_url_that_was_not_encoded_is_understood(self) -> None:
+        self.take(engine_id="http://172.17.0.3:8000")
+        self.assertEqual(self.get("/engines/http://172.17.0.3:8000")["engine_id"], "http://172.17.0.3:8000")
+
+    def test_history_is_oldest_first_with_receipt(self) -> None:
+        for number in range(5):
+            self.take(timestamp_ms=number, pending_tokens_total=number)
+        past = self.get("/engines/test/history")
+        self.assertEqual([state["pending_tokens_total"] for state in past], [2, 3, 4])
+        self.assertEqual(past[-1], {**fields(timestamp_ms=4, pending_tokens_total=4), "received_ms": 1755532567500})
+
+    def test_what_is_not_there_is_404_and_what_is_no_question_400(self) -> None:
+        for target in ("/nope", "//", "/..", "/engines/nobody", "/engines/", "/engines/nobody/history", "/engines/%00"):
+            with self.subTest(target):
+                self.assert_refused(target, 404)
+        for target in ("/engines?status=dead", "/engines?status=", "/engines/%ff", "/engines?status=%ff"):
+            with self.subTest(target):
+                self.assert_refused(target, 400)
+
+    def test_the_error_never_repeats_the_question(self) -> None:
+        for target in ("/<script>", "/engines/<script>", "/engines?status=<script>"):
+            with self.assertRaises(QueryError) as refused:
+                self.query.answer(target)
+            self.assertNotIn("<script>", str(refused.exception))
+
+
+class Health(QueryCase):
+    """/livez says whether every thread moves, /readyz whether everything is open."""
+
+    def test_alive(self) -> None:
+        for path in ("/livez", "/health"):
+            self.assertEqual(self.get(path), {"status": "ok", "threads": {"udp-listener": "ok", "reaper": "ok"}})
+
+    def test_a_stuck_thread_is_named(self) -> None:
+        self.gateway.moving["reaper"] = False
+        for path in ("/livez", "/health"):
+            document = self.get(path, 503)
+            self.assertEqual(document["threads"], {"udp-listener": "ok", "reaper": "stuck"})
+            self.assertIn("reaper", document["status"])
+
+    def test_ready_and_not(self) -> None:
+        self.get("/readyz")
+        self.gateway.ready = False
+        self.get("/readyz", 503)
+
+    def test_version(self) -> None:
+        self.assertEqual(self.get("/version"), {"version": "1.2.3"})
+
+
+SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)+)\})? (\S+)')
+LABEL = re.compile(r'([a-z_]+)="((?:[^"\\\n]|\\[\\"n])*)"')
+UNESCAPED = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
+
+
+def parse_metrics(text: str) -> tuple[dict[str, str], Samples]:
+    """Types and samples of a page in Prometheus' text format; fails on anything that the format does not allow."""
+    assert text.endswith("\n")
+    types: dict[str, str] = {}
+    helped: set[str] = set()
+    samples: Samples = {}
+    current = ""
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            current = line.split(" ", 3)[2]
+            assert current not in helped, f"{current} comes twice"
+            helped.add(current)
+        elif line.startswith("# TYPE "):
+            name, kind = line.split(" ")[2:]
+            assert name == current and kind in ("counter", "gauge"), line
+            types[name] = kind
+        else:
+            match = SAMPLE.fullmatch(line)
+            assert match, f"no sample: {line!r}"
+            assert match[1] == current, f"{match[1]} is not below its own TYPE"
+            labels = tuple(
+                (name, re.sub(r"\\.", lambda escape: UNESCAPED[escape[0]], value))
+                for name, value in LABEL.findall(match[2] or "")
+            )
+            family = samples.setdefault(current, {})
+            assert labels not in family, f"the series comes twice: {line}"
+            family[labels] = float(match[3])
+    return types, samples
+
+
+class EngineMetrics(QueryCase):
+    """/metrics: one series an engine and field, in base units, gone when the engine is removed."""
+
+    def samples(self) -> Samples:
+        return parse_metrics(metrics.engine_metrics(self.store.views()))[1]
+
+    def test_every_field_of_an_engine_has_its_series(self) -> None:
+        self.take()
+        self.clock.move(0.5)
+        labels = (("engine_id", "test"),)
+        prefix = "elrar_state_gateway_engine_"
+        values = {
+            name.removeprefix(prefix): series[labels] for name, series in self.samples().items() if labels in series
+        }
+        self.assertEqual(
+            values,
+            {
+                "live": 1,
+                "heartbeat": 0,
+                "age_seconds": 0.5,
+                "state_age_seconds": 0.5,
+                "clock_offset_seconds": (1755532567500 - 1234567890) / 1000,
+                "timestamp_seconds": 1234567.89,
+                "latency_pred_seconds": 0.1,
+                "pending_tokens": 10,
+                "kv_cache_free_blocks": 100,
+                "kv_cache_total_blocks": 1000,
+                "capacity_tokens_per_second": 1000,
+            },
+        )
+        modes = self.samples()[prefix + "scheduling_mode_info"]
+        self.assertEqual(modes, {(*labels, ("scheduling_mode", "latency_optimized")): 1})
+        self.assertEqual(len(FIELDS), 8, "a new field needs a series")
+
+    def test_any_name_is_escaped_and_comes_back(self) -> None:
+        for engine_id in NASTY:
+            self.take(engine_id=engine_id)
+        live = self.samples()["elrar_state_gateway_engine_live"]
+        self.assertEqual([labels[0][1] for labels in live], list(NASTY))
+
+    def test_a_removed_engine_is_gone(self) -> None:
+        self.take()
+        self.clock.move(7)
+        self.store.drained(self.clock())
+        self.store.sweep()
+        self.assertEqual(self.samples(), {})
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,278 @@
+"""From the socket to the store and the log: real datagrams on loopback, the listener's step called by hand."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import tempfile
+import unittest
+from pathlib import Path
+
+from engine_state import MAX_DATAGRAM_BYTES, REASONS
+from state_log import StateLog
+from state_store import StateStore, Tally
+from tests.harness import FakeClock, datagram, heartbeat, ipv6_works, logged_states
+from tests.test_engine_state import INVALID, VALID
+from udp_listener import (
+    BATCH_DATAGRAMS,
+    SourceFilter,
+    UdpListener,
+    format_source,
+    granted_receive_buffer,
+    listen_address,
+    open_sockets,
+)
+
+
+class ListenerCase(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.log_path = Path(folder.name) / "states.jsonl"
+        self.clock = FakeClock()
+        self.store = StateStore(2000, 6000, 1000, 10, clock=self.clock)
+
+    def listen(self, address: str = "127.0.0.1", *allowed: str, receive_buffer: int = 1 << 20) -> UdpListener:
+        sockets = open_sockets(address, 0, receive_buffer)
+        self.port = sockets[0].getsockname()[1]
+        self.log = StateLog(str(self.log_path), 0, 1)
+        self.log.open("gateway_started", "network mode: unicast, test")
+        self.addCleanup(self.log._close_file)
+        listener = UdpListener(
+            sockets,
+            self.store,
+            self.log,
+            allowed_sources=[ipaddress.ip_network(network) for network in allowed],
+            clock=self.clock,
+        )
+        self.addCleanup(listener.close)
+        return listener
+
+    def send(self, *datagrams: bytes, host: str = "127.0.0.1") -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            for one in datagrams:
+                sock.sendto(one, (host, self.port))
+
+    def take_all(self, listener: UdpListener) -> Tally:
+        """Take what waits in the sockets; loopback delivers before `sendto` returns."""
+        while listener.step(0):
+            pass
+        self.log.step()
+        return self.store.tally()
+
+    def assert_adds_up(self, tally: Tally) -> None:
+        rejected = tally.invalid_states + tally.rejected_capacity + tally.rejected_source
+        self.assertEqual(tally.received, tally.valid_states + rejected)
+        self.assertEqual(len(logged_states(self.log_path)), tally.valid_states - tally.duplicates)
+
+
+class Datagrams(ListenerCase):
+    """Whatever arrives is counted once, and a good datagram right after it is taken."""
+
+    def test_every_invalid_datagram_is_counted_by_its_reason(self) -> None:
+        listener = self.listen()
+        expected = dict.fromkeys(REASONS, 0)
+        with self.assertLogs("elrar.listener", "WARNING") as logged:
+            for number, (name, (reason, one)) in enumerate(INVALID.items()):
+                self.send(one, datagram(engine_id="good", timestamp_ms=number))
+                expected[reason] += 1
+                with self.subTest(name):
+                    tally = self.take_all(listener)
+                    self.assertEqual(tally.invalid, expected)
+                    self.assertEqual(tally.accepted, number + 1)
+                    self.assert_adds_up(tally)
+        self.assertEqual(len(logged.records), 1, "more than one line in a minute of the clock")
+        self.assertEqual([view.state.engine_id for view in self.store.views()], ["good"])
+
+    def test_every_valid_datagram_is_taken_and_logged(self) -> None:
+        listener = self.listen()
+        for one in VALID.values():
+            self.send(one)
+            self.clock.move(2.5)
+        tally = self.take_all(listener)
+        self.assertEqual(tally.received, len(VALID))
+        self.assertEqual(tally.invalid_states, 0)
+        self.assert_adds_up(tally)
+
+    def test_a_longer_datagram_is_never_taken_for_its_beginning(self) -> None:
+        listener = self.listen()
+        whole = datagram()
+        for size in (MAX_DATAGRAM_BYTES + 1, 20_000, 65_507):
+            self.send(whole + b" " * (size - len(whole)))
+        self.send(whole + b" " * (MAX_DATAGRAM_BYTES - len(whole)))
+        with self.assertLogs("elrar.listener"):
+            tally = self.take_all(listener)
+        self.assertEqual((tally.invalid["too_large"], tally.accepted), (3, 1))
+
+    def test_a_log_line_for_each_state_but_not_for_its_copies(self) -> None:
+        listener = self.listen()
+        self.send(*[datagram(timestamp_ms=1000)] * 3, datagram(timestamp_ms=900), heartbeat(timestamp_ms=1100))
+        tally = self.take_all(listener)
+        self.assertEqual((tally.accepted, tally.duplicates, tally.out_of_order, tally.heartbeats), (1, 2, 1, 1))
+        self.assertEqual([state["timestamp_ms"] for state in logged_states(self.log_path)], [1000, 900, 1100])
+
+    def test_more_than_a_batch_is_taken_in_order(self) -> None:
+        listener = self.listen(receive_buffer=8 << 20)
+        count = 3 * BATCH_DATAGRAMS + 5
+        self.send(*(datagram(timestamp_ms=number) for number in range(count)))
+        self.assertEqual(listener.step(0), BATCH_DATAGRAMS)
+        tally = self.take_all(listener)
+        self.assertEqual(tally.accepted, count)
+        self.assertEqual([state["timestamp_ms"] for state in logged_states(self.log_path)], list(range(count)))
+
+    def test_debug_says_what_became_of_each(self) -> None:
+        listener = self.listen()
+        with self.assertLogs("elrar.listener", "DEBUG") as logged:
+            self.send(datagram(), datagram(), b"junk")
+            self.take_all(listener)
+        text = "\n".join(record.getMessage() for record in logged.records)
+        for said in ("datagram accepted engine_id='test'", "datagram duplicate", "datagram rejected reason=not_json"):
+            self.assertIn(said, text)
+
+    def test_nothing_is_said_for_a_good_datagram_above_debug(self) -> None:
+        listener = self.listen()
+        with self.assertNoLogs("elrar.listener", logging.INFO):
+            self.send(datagram())
+            self.take_all(listener)
+
+
+class Sources(ListenerCase):
+    """ALLOWED_SOURCES: who is not in it is counted and not heard, before anything is looked at."""
+
+    def test_who_is_allowed_is_taken(self) -> None:
+        listener = self.listen("127.0.0.1", "10.0.0.0/8", "127.0.0.0/8")
+        self.send(datagram())
+        self.assertEqual(self.take_all(listener).accepted, 1)
+
+    def test_who_is_not_is_rejected_whatever_was_sent(self) -> None:
+        listener = self.listen("127.0.0.1", "10.0.0.0/8")
+        with self.assertLogs("elrar.listener", "WARNING"):
+            self.send(datagram(), b"junk")
+            tally = self.take_all(listener)
+        self.assertEqual((tally.rejected_source, tally.invalid_states, tally.accepted), (2, 0, 0))
+        self.assertEqual(self.store.views(), [])
+
+    def test_an_ipv4_sender_on_an_ipv6_socket_is_in_its_ipv4_network(self) -> None:
+        filter_ = SourceFilter([ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fe80::/10")])
+        allowed = ("10.0.0.1", "::ffff:10.0.0.1", "::ffff:10.255.0.1", "fe80::1%eth0")
+        refused = ("11.0.0.1", "::ffff:11.0.0.1", "::1", "2001:db8::1", "::10.0.0.1")
+        for _ in range(2):  # the second time from memory
+            self.assertEqual([host for host in allowed + refused if filter_.allows(host)], list(allowed))
+
+    @unittest.skipUnless(ipv6_works(), "no IPv6 on this machine")
+    def test_the_dual_stack_socket_asks_the_same(self) -> None:
+        listener = self.listen("::", "127.0.0.0/8")
+        with self.assertLogs("elrar.listener", "WARNING"):
+            self.send(datagram(), host="127.0.0.1")
+            self.send(datagram(engine_id="six"), host="::1")
+            tally = self.take_all(listener)
+        self.assertEqual((tally.accepted, tally.rejected_source), (1, 1))
+        self.assertEqual([view.source.rpartition(":")[0] for view in self.store.views()], ["127.0.0.1"])
+
+
+class Addresses(ListenerCase):
+    """What is listened on, and how a sender is written."""
+
+    @unittest.skipUnless(ipv6_works(), "no IPv6 on this machine")
+    def test_localhost_reaches_it_whichever_family_that_is(self) -> None:
+        for address in ("0.0.0.0", "127.0.0.1", "::"):
+            with self.subTest(address):
+                listener = self.listen(address)
+                before = self.store.tally().received
+                self.send(datagram(engine_id=address + "4"), host="127.0.0.1")
+                self.send(datagram(engine_id=address + "6"), host="::1")
+                self.assertEqual(self.take_all(listener).received - before, 2)
+
+    @unittest.skipUnless(ipv6_works(), "no IPv6 on this machine")
+    def test_an_ipv6_address_takes_ipv6(self) -> None:
+        listener = self.listen("::1")
+        self.send(datagram(), host="::1")
+        self.assertEqual(self.take_all(listener).accepted, 1)
+        self.assertRegex(self.store.views()[0].source, r"^\[::1\]:\d+$")
+
+    def test_two_never_share_a_port(self) -> None:
+        self.listen()
+        with self.assertRaises(OSError):
+            open_sockets("127.0.0.1", self.port, 1 << 20)
+        with self.assertRaises(OSError):
+            open_sockets("0.0.0.0", self.port, 1 << 20)
+
+    def test_sources_are_written_as_ip_and_port(self) -> None:
+        for address, text in (
+            (("10.0.0.1", 5000), "10.0.0.1:5000"),
+            (("::1", 5000, 0, 0), "[::1]:5000"),
+            (("::ffff:10.0.0.1", 5000, 0, 0), "10.0.0.1:5000"),
+            (("fe80::1%eth0", 5000, 0, 2), "[fe80::1%eth0]:5000"),
+        ):
+            self.assertEqual(format_source(address), text)
+
+    def test_broadcast_mode_listens_on_all_interfaces(self) -> None:
+        self.assertEqual(listen_address("broadcast", "127.0.0.1"), "0.0.0.0")
+        self.assertEqual(listen_address("broadcast", "::1"), "::")
+        self.assertEqual(listen_address("unicast", "127.0.0.1"), "127.0.0.1")
+
+
+class KernelBuffer(ListenerCase):
+    """What the kernel drops shows, and what it grants is read back."""
+
+    def test_what_the_kernel_drops_is_counted(self) -> None:
+        listener = self.listen(receive_buffer=2304)
+        if listener.kernel_dropped() is None:
+            self.skipTest("this kernel has no account of it")
+        self.assertEqual(listener.kernel_dropped(), 0)
+        sent = 500
+        self.send(*(datagram(timestamp_ms=number) for number in range(sent)))
+        tally = self.take_all(listener)
+        self.assertLess(tally.received, sent)
+        self.assertEqual(tally.received + (listener.kernel_dropped() or 0), sent)
+
+    def test_the_granted_buffer_is_in_the_unit_that_was_asked_for(self) -> None:
+        for sock in open_sockets("127.0.0.1", 0, 100_000):
+            with sock:
+                self.assertEqual(granted_receive_buffer(sock), 100_000)
+
+
+class Draining(ListenerCase):
+    """The reaper learns how far the listener has come, so that nobody is removed while its datagrams wait."""
+
+    def test_an_emptied_socket_is_said_with_the_time_of_the_look(self) -> None:
+        listener = self.listen()
+        self.send(datagram())
+        self.take_all(listener)
+        self.clock.move(6.1)
+        self.assertEqual(self.store.sweep(), 0)
+        listener.step(0)
+        self.assertEqual(self.store.sweep(), 1)
+
+    def test_while_datagrams_wait_nobody_is_removed(self) -> None:
+        listener = self.listen(receive_buffer=8 << 20)
+        self.send(datagram(engine_id="patient"))
+        self.take_all(listener)
+        self.send(*(datagram(timestamp_ms=number) for number in range(2 * BATCH_DATAGRAMS)))
+        self.send(datagram(engine_id="patient", timestamp_ms=1234568000))
+        self.clock.move(10)
+        listener.step(0)
+        self.assertEqual(self.store.sweep(), 0)
+        self.take_all(listener)
+        self.assertEqual(self.store.sweep(), 0)
+        self.assertEqual(self.store.counts(), (2, 2))
+
+    def test_a_socket_that_is_never_empty_does_not_keep_the_dead_for_ever(self) -> None:
+        listener = self.listen(receive_buffer=2304)
+        self.send(datagram(engine_id="gone"))
+        self.take_all(listener)
+        listener._buffered_at_most = 3 * BATCH_DATAGRAMS
+        removed = 0
+        for turn in range(8):
+            listener._say_how_far(False, self.clock(), BATCH_DATAGRAMS)
+            removed += self.store.sweep()
+            self.clock.move(10)
+            if turn < 3:
+                self.assertEqual(removed, 0)
+        self.assertEqual(removed, 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
