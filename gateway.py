@@ -511,6 +511,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run_daemon(config: Config, exits: queue.SimpleQueue[str]) -> int:
     _occupy_standard_descriptors()
+    # Threads inherit the mask that they are started with. A signal that came to one of them, as after a SIGSTOP it may,
+    # would not wake the main thread, which alone runs Python's signal handlers.
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     daemon_log = DaemonLog(config.log_level)
     gateway = StateGateway(
         config,
@@ -536,6 +540,7 @@ def _run_daemon(config: Config, exits: queue.SimpleQueue[str]) -> int:
             return 1
         gateway.start()
         logger.info("ready: %s", gateway.describe())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         reason = _wait_for_exit(gateway, exits)
         logger.info("stopping reason=%s", reason)
         gateway.shutdown()

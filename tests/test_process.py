@@ -1,0 +1,410 @@
+"""The daemon as a user starts it: start, signals, exit status, and every accepted state in the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+
+from config import SETTINGS
+from gateway import VERSION
+from tests.harness import (
+    CAPTURED,
+    DEADLINE_S,
+    TOP,
+    Daemon,
+    clean_environment,
+    daemon,
+    datagram,
+    gateway_command,
+    ipv6_works,
+    logged_states,
+    read_log,
+    wait_until,
+)
+
+
+class ProcessCase(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.log = self.folder / "engine_states.jsonl"
+
+    def start(self, command: tuple[str, ...] = (), **settings: object) -> Daemon:
+        running = Daemon(self.folder, {"BIND_ADDRESS": "127.0.0.1", **settings}, command)
+        self.addCleanup(running.close)
+        return running
+
+    def run_to_end(self, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            gateway_command(*arguments),
+            cwd=self.folder,
+            env=clean_environment(**{"UDP_PORT": 0, "BIND_ADDRESS": "127.0.0.1", **settings}),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+
+
+class Replay(ProcessCase):
+    """A real engine's minute as 50 engines: every state in the log, once, to the letter."""
+
+    @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
+    def test_a_captured_minute_as_fifty_engines(self) -> None:
+        captured = [json.loads(line)["state"] for line in CAPTURED.read_text().splitlines()]
+        running = self.start(STALE_THRESHOLD=60_000).wait_ready()
+        sent: list[str] = []
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for state in captured:
+                for number in range(50):
+                    one = json.dumps({**state, "engine_id": f"http://172.17.0.3:{8000 + number}"})
+                    sent.append(one)
+                    sock.sendto(one.encode(), ("127.0.0.1", running.udp_port))
+                if len(sent) % 1000 == 0:
+                    running.wait_received(len(sent))
+        stats = running.wait_received(len(sent))
+        snapshot = running.ask("/engines").json
+        self.assertEqual({engine["status"] for engine in snapshot["engines"].values()}, {"live"})
+        self.assertEqual((len(snapshot["engines"]), snapshot["active_engines"]), (50, 50))
+        self.assertEqual(
+            (stats["total_received"], stats["valid_states"], stats["duplicates"]), (len(sent), len(sent), 0)
+        )
+        self.assertEqual(stats["kernel_dropped"], 0)
+        self.assertEqual(running.stop(), 0)
+        lines = self.log.read_text().splitlines()[1:-1]
+        logged = [re.search(r'"state": (\{.*\}), "source"', line) for line in lines]
+        self.assertEqual([match and match[1] for match in logged], sent)
+
+
+class Stop(ProcessCase):
+    """SIGTERM and SIGINT end it with status 0, and what was counted as accepted is in the log."""
+
+    def assert_whole(self) -> None:
+        first, *states, last = read_log(self.log)
+        self.assertEqual((first["event"], last["event"]), ("gateway_started", "gateway_stopped"))
+        self.assertEqual(len(states), last["valid_states"] - last["duplicates"])
+        self.assertEqual(last["log_written"], len(states))
+
+    def stop_under_load(self, *signals: int) -> None:
+        running = self.start().wait_ready()
+        ended = threading.Event()
+
+        def load() -> None:
+            number = 0
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                while not ended.is_set() and number < 1_000_000:
+                    number += 1
+                    sock.sendto(datagram(timestamp_ms=number), ("127.0.0.1", running.udp_port))
+
+        sender = threading.Thread(target=load)
+        sender.start()
+        try:
+            running.wait_received(5000)
+            for number in signals:
+                running.signal(number)
+            self.assertEqual(running.wait_exit(), 0, running.lines)
+        finally:
+            ended.set()
+            sender.join()
+        self.assert_whole()
+        self.assertGreaterEqual(len(logged_states(self.log)), 5000)
+
+    def test_sigterm_under_load(self) -> None:
+        self.stop_under_load(signal.SIGTERM)
+
+    def test_sigint_under_load(self) -> None:
+        self.stop_under_load(signal.SIGINT)
+
+    def test_both_twice_under_load(self) -> None:
+        self.stop_under_load(signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT)
+
+    def test_what_waits_in_the_socket_is_in_the_log(self) -> None:
+        running = self.start().wait_ready()
+        running.signal(signal.SIGSTOP)
+        running.send(*(datagram(timestamp_ms=number) for number in range(300)))
+        running.signal(signal.SIGTERM)
+        running.signal(signal.SIGCONT)
+        self.assertEqual(running.wait_exit(), 0)
+        self.assertEqual(len(logged_states(self.log)), 300)
+        self.assert_whole()
+
+    def test_a_second_run_continues_the_log(self) -> None:
+        for _ in range(2):
+            running = self.start().wait_ready()
+            running.send(datagram())
+            running.wait_received(1)
+            self.assertEqual(running.stop(), 0)
+        kinds = [line.get("event", "state") for line in read_log(self.log)]
+        self.assertEqual(kinds, ["gateway_started", "state", "gateway_stopped"] * 2)
+
+    def test_readers_that_are_connected_do_not_hold_it_up(self) -> None:
+        running = self.start().wait_ready()
+        with socket.create_connection(("127.0.0.1", running.http_port)) as idle:
+            idle.sendall(b"GET /engines HT")
+            self.assertEqual(running.stop(), 0)
+
+
+class Signals(ProcessCase):
+    """SIGHUP opens the log anew; nothing else that may happen to a daemon kills it."""
+
+    def test_sighup_opens_the_log_anew(self) -> None:
+        running = self.start().wait_ready()
+        running.send(datagram(timestamp_ms=1))
+        wait_until("the first state to be logged", lambda: logged_states(self.log))
+        aside = self.folder / "aside"
+        self.log.rename(aside)
+        running.signal(signal.SIGHUP)
+        wait_until("the log to be there again", self.log.exists)
+        running.send(datagram(timestamp_ms=2))
+        wait_until("the second state to be logged", lambda: logged_states(self.log))
+        self.assertEqual(running.stop(), 0)
+        self.assertEqual([state["timestamp_ms"] for state in logged_states(aside)], [1])
+        self.assertEqual([state["timestamp_ms"] for state in logged_states(self.log)], [2])
+
+    def test_it_survives_sighup_under_nohup_and_sigpipe(self) -> None:
+        running = self.start().wait_ready()
+        running.signal(signal.SIGPIPE)
+        running.signal(signal.SIGHUP)
+        running.send(datagram())
+        self.assertEqual(running.wait_received(1)["valid_states"], 1)
+
+    def test_after_a_pause_longer_than_the_expiry_nobody_is_removed(self) -> None:
+        running = self.start(STALE_THRESHOLD=200, EXPIRE_AFTER=400).wait_ready()
+        running.send(*(datagram(engine_id=f"e{number}", timestamp_ms=1000) for number in range(20)))
+        running.wait_received(20)
+        running.signal(signal.SIGSTOP)
+        with self.assertRaises(subprocess.TimeoutExpired):
+            running.process.wait(1.0)  # the engines go on for longer than the expiry
+        running.send(*(datagram(engine_id=f"e{number}", timestamp_ms=9000) for number in range(20)))
+        running.signal(signal.SIGCONT)
+        stats = running.wait_received(40)
+        self.assertEqual((stats["expired_engines"], stats["total_engines"]), (0, 20))
+
+
+class StandardStreams(ProcessCase):
+    """It runs with its standard streams closed, full or gone."""
+
+    def run_with(self, redirection: str) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = ("bash", "-c", f'exec "$@" {redirection}', "bash", *gateway_command())
+        running = self.start(command, UDP_PORT=port, HTTP_PORT=0, VLLM_LOGGING_LEVEL="DEBUG")
+        self.sent = 0
+
+        def taken() -> bool:
+            self.sent += 1
+            running.udp_port = port
+            running.send(datagram(timestamp_ms=self.sent))
+            return self.log.exists() and len(logged_states(self.log)) > 0
+
+        wait_until("a state to be logged", taken)
+        self.assertEqual(running.stop(), 0)
+        self.assertTrue(logged_states(self.log))
+
+    def test_all_closed(self) -> None:
+        self.run_with("<&- >&- 2>&-")
+
+    def test_stderr_full(self) -> None:
+        self.run_with("2>/dev/full")
+
+    def test_a_stderr_that_nobody_reads_holds_up_nothing(self) -> None:
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        running = Daemon.__new__(Daemon)
+        process = subprocess.Popen(
+            gateway_command(),
+            cwd=self.folder,
+            env=clean_environment(BIND_ADDRESS="127.0.0.1", UDP_PORT=0, VLLM_LOGGING_LEVEL="DEBUG"),
+            stderr=writer,
+        )
+        os.close(writer)
+        self.addCleanup(process.wait, DEADLINE_S)
+        self.addCleanup(process.kill)
+        started = wait_until("the start to be logged", lambda: self.log.exists() and read_log(self.log))[0]
+        running.udp_port, running.http_port = started["udp_port"], started["http_port"]
+        for number in range(3000):  # a line each at DEBUG, far more than a pipe holds
+            running.send(datagram(timestamp_ms=number))
+        self.assertEqual(running.wait_received(3000)["valid_states"], 3000)
+        self.assertGreater(running.stats()["own_log_dropped"], 0)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(DEADLINE_S), 0)
+        self.assertEqual(len(logged_states(self.log)), 3000)
+
+
+class ExitStatus(ProcessCase):
+    """0 after a signal, 2 for settings, 1 for anything else, each with what to do."""
+
+    def test_a_second_gateway_on_the_same_port_exits_at_once_and_says_why(self) -> None:
+        running = self.start().wait_ready()
+        done = self.run_to_end(UDP_PORT=running.udp_port)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(f"cannot listen on UDP 127.0.0.1:{running.udp_port}: Address already in use", done.stderr)
+        self.assertIn("ss -lunp", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        running.send(datagram())
+        running.wait_received(1)
+
+    def test_wrong_settings_are_all_named_and_nothing_is_started(self) -> None:
+        done = self.run_to_end(UDP_PORT="abc", NETWORK_MODE="unicst", HISTORY="", VLLM_LOGGING_LEVEL="LOUD")
+        self.assertEqual(done.returncode, 2)
+        self.assertEqual(len(done.stderr.splitlines()), 4)
+        for variable in ("UDP_PORT='abc'", "NETWORK_MODE='unicst'", "HISTORY=''", "VLLM_LOGGING_LEVEL='LOUD'"):
+            self.assertIn(variable, done.stderr)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_log_that_cannot_be_opened_exits_at_once(self) -> None:
+        done = self.run_to_end(LOG_FILE="/dev/full")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("cannot open the state log /dev/full: No space left on device", done.stderr)
+
+    @unittest.skipIf(os.geteuid() == 0, "root may write and bind everything")
+    def test_what_needs_privileges_says_so(self) -> None:
+        self.assertIn("CAP_NET_BIND_SERVICE", self.run_to_end(UDP_PORT=80).stderr)
+
+    def test_a_thread_that_dies_ends_it_with_its_traceback(self) -> None:
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "import gateway, state_store\n"
+            "def sweep(self): raise ZeroDivisionError('nobody expected this')\n"
+            "state_store.StateStore.sweep = sweep\n"
+            "sys.exit(gateway.main([]))\n"
+        )
+        running = self.start((sys.executable, "-c", program, str(TOP)))
+        self.assertEqual(running.wait_exit(), 1)
+        text = "".join(running.lines)
+        self.assertIn("thread died of an error that nobody expected thread=reaper", text)
+        self.assertIn("ZeroDivisionError: nobody expected this", text)
+        self.assertIn("stopping reason=thread reaper died", text)
+        self.assertEqual(read_log(self.log)[-1]["event"], "gateway_stopped")
+
+    def test_an_older_python_says_what_is_needed(self) -> None:
+        older = shutil.which("python3.9")
+        if older is None or subprocess.run([older, "--version"], capture_output=True, check=False).returncode:
+            self.skipTest("no Python 3.9 on this machine")
+        done = subprocess.run(
+            [older, TOP / "gateway.py"], capture_output=True, text=True, check=False, timeout=DEADLINE_S
+        )
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"^the state gateway needs Python 3\.10 or newer, and this is 3\.9")
+
+
+class CommandLine(ProcessCase):
+    """--help, --version, --check-config and --health-check."""
+
+    def test_help_lists_every_setting(self) -> None:
+        done = self.run_to_end("--help")
+        self.assertEqual(done.returncode, 0)
+        for setting in SETTINGS:
+            self.assertIn(setting.variable, done.stdout)
+
+    def test_version(self) -> None:
+        self.assertEqual(self.run_to_end("--version").stdout, f"elrar-state-gateway {VERSION}\n")
+        self.assertIn(f'\nversion = "{VERSION}"\n', (TOP / "pyproject.toml").read_text())
+
+    def test_check_config_prints_what_is_in_effect(self) -> None:
+        done = self.run_to_end("--check-config", STALE_THRESHOLD=5000, UDP_PROT=1)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("VLLM_STATE_GATEWAY_STALE_THRESHOLD=5000  # environment\n", done.stdout)
+        self.assertIn("VLLM_STATE_GATEWAY_EXPIRE_AFTER=15000  # default\n", done.stdout)
+        self.assertEqual(len(done.stdout.splitlines()), len(SETTINGS))
+        self.assertIn("VLLM_STATE_GATEWAY_UDP_PROT", done.stderr)
+        self.assertEqual(self.run_to_end("--check-config", UDP_PORT="x").returncode, 2)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_an_unknown_argument_is_refused(self) -> None:
+        self.assertEqual(self.run_to_end("--prot", "1").returncode, 2)
+
+    def test_health_check(self) -> None:
+        for address in ("127.0.0.1", "0.0.0.0", *(("::", "::1") if ipv6_works() else ())):
+            with self.subTest(address), daemon(BIND_ADDRESS=address, ENABLE_LOG="false") as running:
+                healthy = self.run_to_end("--health-check", BIND_ADDRESS=address, UDP_PORT=running.udp_port)
+                self.assertEqual((healthy.returncode, json.loads(healthy.stdout)["status"]), (0, "ok"))
+                self.assertEqual(running.stop(), 0)
+                gone = self.run_to_end("--health-check", BIND_ADDRESS=address, UDP_PORT=running.udp_port)
+                self.assertEqual(gone.returncode, 1)
+                self.assertIn("no answer from http://", gone.stderr)
+        self.assertEqual(self.run_to_end("--health-check", HTTP_PORT="off").returncode, 1)
+
+    def test_a_misspelt_variable_is_warned_about_once(self) -> None:
+        running = self.start(STALE_TRESHOLD=1).wait_ready()
+        warnings = [line for line in running.lines if "STALE_TRESHOLD" in line]
+        self.assertEqual(len(warnings), 1, running.lines)
+        self.assertIn("did you mean VLLM_STATE_GATEWAY_STALE_THRESHOLD?", warnings[0])
+
+    def test_the_ready_line_names_the_mode_and_what_is_bound(self) -> None:
+        running = self.start()
+        line = running.wait_for_line("ready")
+        port = re.search(r"UDP 127\.0\.0\.1:(\d+)", line)
+        assert port is not None
+        self.assertIn("network mode: unicast", line)
+        self.assertIn(f"HTTP http://127.0.0.1:{port[1]}", line)
+        self.assertIn(str(self.log), line)
+
+    def test_a_summary_line_every_interval(self) -> None:
+        running = self.start(STATS_INTERVAL=1).wait_ready()
+        self.assertIn("total_received=0", running.wait_for_line("summary"))
+
+    @unittest.skipUnless(ipv6_works(), "no IPv6 on this machine")
+    def test_both_families_reach_a_dual_stack_gateway(self) -> None:
+        running = self.start(BIND_ADDRESS="::").wait_ready()
+        running.send(datagram(engine_id="four"), host="127.0.0.1")
+        running.send(datagram(engine_id="six"), host="::1")
+        running.wait_received(2)
+        sources = {name: e["source"] for name, e in running.ask("/engines", host="::1").json["engines"].items()}
+        self.assertRegex(sources["four"], r"^127\.0\.0\.1:\d+$")
+        self.assertRegex(sources["six"], r"^\[::1\]:\d+$")
+
+
+class StartScript(ProcessCase):
+    """./start_gateway_unicast.sh: unicast, from any folder, with whatever else is exported, as the same process."""
+
+    def path_with_this_python(self) -> str:
+        """A PATH whose python3 is the one that runs the tests."""
+        (self.folder / "bin").mkdir()
+        wrapper = self.folder / "bin" / "python3"
+        wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        wrapper.chmod(0o755)
+        return f"{self.folder / 'bin'}:{os.environ['PATH']}"
+
+    def script(self, path: Path, **settings: object) -> Daemon:
+        shell = f'PATH="{self.path_with_this_python()}" exec "{path}"'
+        return self.start(("sh", "-c", shell), **settings)
+
+    def test_from_another_folder_with_exported_settings(self) -> None:
+        running = self.script(
+            TOP / "start_gateway_unicast.sh", NETWORK_MODE="broadcast", STALE_THRESHOLD=3000
+        ).wait_ready()
+        stats = running.stats()
+        self.assertEqual((stats["network_mode"], stats["bind_address"]), ("unicast", "127.0.0.1"))
+        self.assertEqual(stats["stale_threshold_ms"], 3000)
+        self.assertTrue(self.log.exists(), "the log is in the folder where the script was called")
+        self.assertEqual(running.stop(), 0)
+
+    def test_through_a_symbolic_link(self) -> None:
+        link = self.folder / "link"
+        link.symlink_to(TOP / "start_gateway_unicast.sh")
+        self.assertEqual(self.script(link).wait_ready().stop(), 0)
+
+    def test_from_a_folder_with_a_space_and_a_dash(self) -> None:
+        odd = self.folder / "-a b"
+        odd.mkdir()
+        for path in TOP.glob("*.py"):
+            shutil.copy(path, odd)
+        shutil.copy(TOP / "start_gateway_unicast.sh", odd)
+        self.assertEqual(self.script(odd / "start_gateway_unicast.sh").wait_ready().stop(), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
