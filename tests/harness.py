@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -240,3 +241,48 @@ def daemon(folder: Path | None = None, **settings: object) -> Iterator[Daemon]:
         running = Daemon(folder, settings)
         stack.callback(running.close)
         yield running.wait_ready()
+
+
+class Namespace:
+    """A network namespace of the test's own, in which nothing else is: commands run in it see no other network."""
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(["unshare", "-n", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        ours = os.readlink("/proc/self/ns/net")
+        self.pid = self._holder.pid
+        wait_until("the namespace to be there", lambda: os.readlink(f"/proc/{self.pid}/ns/net") != ours)
+        self.run("ip", "link", "set", "lo", "up")
+
+    @staticmethod
+    def why_not() -> str:
+        """Why this machine lets the tests make none, or nothing where it does."""
+        for tool in ("unshare", "nsenter", "ip"):
+            if shutil.which(tool) is None:
+                return f"{tool} is not on this machine"
+        tried = subprocess.run(
+            ["unshare", "-n", "ip", "link", "set", "lo", "up"], capture_output=True, text=True, check=False
+        )
+        return f"no network namespace can be made here: {tried.stderr.strip()}" if tried.returncode else ""
+
+    def command(self, *command: str) -> list[str]:
+        """A command as it is run in the namespace."""
+        return ["nsenter", "-t", str(self.pid), "-n", *command]
+
+    def run(self, *command: str) -> str:
+        """What a command prints that must succeed."""
+        done = subprocess.run(self.command(*command), capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+        return done.stdout
+
+    def python(self, program: str, *arguments: str) -> str:
+        """What a Python program prints that must succeed."""
+        return self.run(sys.executable, "-c", program, *arguments)
+
+    def get(self, url: str) -> Any:
+        """The JSON document at a URL."""
+        return json.loads(
+            self.python("import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).read().decode())", url)
+        )
+
+    def close(self) -> None:
+        """Let go of it; the kernel removes it with the last process in it."""
+        self._holder.communicate(timeout=DEADLINE_S)

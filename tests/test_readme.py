@@ -1,0 +1,222 @@
+"""The READMEs: every command was tried and is tried again here, and both languages say the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from config import PREFIX, SETTINGS, read_config
+from engine_state import REASONS
+from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, datagram, gateway_command
+
+ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
+TOOLS = ("nc", "curl", "ss", "grep", "tail")
+RUN_ELSEWHERE = {"python3 gateway.py", "python3 -m unittest", "./start_gateway_unicast.sh", "pkill -f gateway.py"}
+
+
+def read(name: str) -> str:
+    return (TOP / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str) -> list[tuple[str, str]]:
+    """Every fenced block as its language and its text."""
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```$", read(name), flags=re.DOTALL | re.MULTILINE)
+
+
+def rows(name: str) -> list[str]:
+    """Every row of every table, without the fenced blocks."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", read(name), flags=re.DOTALL | re.MULTILINE)
+    return [line for line in prose.splitlines() if line.startswith("|")]
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def transcript(text: str) -> list[tuple[str, str]]:
+    """A console block as commands with their output."""
+    return [(command, output) for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)]
+
+
+def masked(text: str) -> list[str]:
+    """Output with numbers, instances and widths of columns made alike, so that two runs can be compared."""
+    text = text.replace(" and [::1]:9999", "")
+    text = re.sub(r'"[0-9a-f]{16}"', '"INSTANCE"', text)
+    text = re.sub(r"[0-9]+([.:-][0-9]+)*", "#", text)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith(("State", "UNCONN # # [::#]"))]
+
+
+def free_port() -> int:
+    with daemon(BIND_ADDRESS="127.0.0.1", ENABLE_LOG="false") as briefly:
+        return briefly.udp_port
+
+
+class BothLanguages(unittest.TestCase):
+    """The two READMEs have the same commands, outputs, tables and settings."""
+
+    def test_the_fenced_blocks_are_the_same(self) -> None:
+        self.assertEqual(blocks(CHINESE), blocks(ENGLISH))
+        self.assertGreater(len(blocks(ENGLISH)), 10)
+
+    def test_the_tables_have_the_same_rows(self) -> None:
+        english, chinese = rows(ENGLISH), rows(CHINESE)
+        self.assertEqual(len(english), len(chinese))
+        for row, its_twin in zip(english, chinese, strict=True):
+            with self.subTest(row):
+                self.assertEqual(row.count("|"), its_twin.count("|"))
+                self.assertEqual(sorted(code(row)), sorted(code(its_twin)))
+
+    def test_the_reasons_are_those_of_the_parser(self) -> None:
+        for reason, meaning in REASONS.items():
+            self.assertIn(f"| `{reason}` | {meaning} |", read(ENGLISH))
+
+    def test_links_within_lead_somewhere(self) -> None:
+        for name in (ENGLISH, CHINESE):
+            text = read(name)
+            anchors = {
+                re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+            }
+            for target in re.findall(r"\]\(#([^)]+)\)", text):
+                self.assertIn(target, anchors, name)
+            for target in re.findall(r"\]\(([^#)]+)\)", text):
+                self.assertTrue((TOP / target).exists(), target)
+
+    def test_every_file_of_the_program_has_its_row_in_the_layout(self) -> None:
+        for name in (ENGLISH, CHINESE):
+            for path in TOP.glob("*.py"):
+                self.assertIn(f"\n| `{path.name}` |", read(name))
+
+    def test_the_two_commands_are_in_the_first_screen(self) -> None:
+        for name in (ENGLISH, CHINESE):
+            first_screen = "\n".join(read(name).splitlines()[:25])
+            self.assertIn("```bash\npython3 gateway.py\npython3 -m unittest\n```", first_screen)
+
+
+class Commands(unittest.TestCase):
+    """What the README shows is what one sees."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name).resolve()
+        for name in ("gateway.py", "start_gateway_unicast.sh"):
+            (self.folder / name).symlink_to(TOP / name)
+        (self.folder / "bin").mkdir()
+        wrapper = self.folder / "bin" / "python3"
+        wrapper.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        wrapper.chmod(0o755)
+        self.port = free_port()
+
+    def environment(self) -> dict[str, str]:
+        # A long threshold, because a slow machine may take more than two seconds from one command to the next.
+        environment = clean_environment(UDP_PORT=self.port, STALE_THRESHOLD=60_000)
+        environment["PATH"] = f"{self.folder / 'bin'}:{environment['PATH']}"
+        return environment
+
+    def shell(self, command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", command.replace("9999", str(self.port))],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        return self.as_shown(done.stdout)
+
+    def as_shown(self, output: str) -> str:
+        return output.replace(str(self.port), "9999").replace(str(self.folder), "/tmp/try")
+
+    @unittest.skipUnless(all(map(shutil.which, TOOLS)), f"one of {', '.join(TOOLS)} is not on this machine")
+    def test_every_transcript_comes_out_as_shown(self) -> None:
+        running: Daemon | None = None
+        tried = 0
+        for language, text in blocks(ENGLISH):
+            if language != "console":
+                continue
+            for command, shown in transcript(text):
+                with self.subTest(command):
+                    if command == "python3 gateway.py" and running is None:
+                        running = Daemon(self.folder, {"UDP_PORT": self.port, "STALE_THRESHOLD": 60_000})
+                        self.addCleanup(running.close)
+                        running.wait_ready()
+                        output = self.as_shown("".join(running.lines))
+                    else:
+                        output = self.shell(command)
+                    self.assertEqual(masked(output), masked(shown))
+                    tried += 1
+        self.assertGreater(tried, 12)
+        assert running is not None
+        self.assertEqual(running.stop(), 0)
+
+    def test_every_line_of_the_shell_blocks_is_known_to_work(self) -> None:
+        for language, text in blocks(ENGLISH):
+            for line in text.splitlines() if language == "bash" else ():
+                export = re.fullmatch(rf' *export ({PREFIX}\w+)="([^"]*)"', line)
+                with self.subTest(line):
+                    if export:
+                        self.assertIn(export[1], [setting.variable for setting in SETTINGS])
+                        read_config({export[1]: export[2]})
+                    else:
+                        self.assertIn(line.strip(), RUN_ELSEWHERE)
+
+    def test_the_example_over_http_runs(self) -> None:
+        program, _ = [text for language, text in blocks(ENGLISH) if language == "python"]
+        with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running:
+            running.send(datagram(engine_id="http://172.17.0.3:8000"))
+            running.wait_received(1)
+            done = subprocess.run(
+                [sys.executable, "-c", program.replace("localhost:9999", f"127.0.0.1:{running.http_port}")],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=DEADLINE_S,
+            )
+        self.assertRegex(done.stdout, r"^http://172\.17\.0\.3:8000 10 tokens wait, as of \d+ ms ago\n$")
+
+    def test_the_example_in_process_runs(self) -> None:
+        _, program = [text for language, text in blocks(ENGLISH) if language == "python"]
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=self.folder,
+            env={**clean_environment(UDP_PORT=0, BIND_ADDRESS="127.0.0.1"), "PYTHONPATH": str(TOP)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DEADLINE_S,
+        )
+        self.assertEqual(
+            (done.returncode, done.stdout, done.stderr), (0, "0 of 0 engines are live\n0 datagrams received\n", "")
+        )
+
+    def test_the_log_line_is_as_shown(self) -> None:
+        (shown,) = [text for language, text in blocks(ENGLISH) if language == "json"]
+        with daemon(self.folder, BIND_ADDRESS="127.0.0.1") as running:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.sendto(json.dumps(json.loads(shown)["state"]).encode(), ("127.0.0.1", running.udp_port))
+            running.wait_received(1)
+            self.assertEqual(running.stop(), 0)
+        logged = (self.folder / "engine_states.jsonl").read_text().splitlines()[1]
+        self.assertEqual(masked(logged), masked(shown))
+
+    def test_help_is_there(self) -> None:
+        done = subprocess.run(
+            gateway_command("--help"), capture_output=True, text=True, check=True, env=dict(os.environ)
+        )
+        self.assertIn("settings, from the environment:", done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
