@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import PREFIX, SETTINGS, read_config
 from engine_state import REASONS
-from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, datagram, gateway_command
+from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, datagram, gateway_command, wait_until
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 TOOLS = ("nc", "curl", "ss", "grep", "tail")
@@ -139,6 +139,15 @@ class Commands(unittest.TestCase):
     def as_shown(self, output: str) -> str:
         return output.replace(str(self.port), "9999").replace(str(self.folder), "/tmp/try")
 
+    def wait_logged(self, running: Daemon) -> None:
+        """Wait for the log to hold what was received, as one who types the next command has done by then."""
+
+        def logged() -> bool:
+            stats = running.stats()
+            return bool(stats["log"]["written"] == stats["valid_states"] - stats["duplicates"])
+
+        wait_until("the states to be logged", logged)
+
     @unittest.skipUnless(all(map(shutil.which, TOOLS)), f"one of {', '.join(TOOLS)} is not on this machine")
     def test_every_transcript_comes_out_as_shown(self) -> None:
         running: Daemon | None = None
@@ -154,6 +163,8 @@ class Commands(unittest.TestCase):
                         running.wait_ready()
                         output = self.as_shown("".join(running.lines))
                     else:
+                        if running is not None and "engine_states.jsonl" in command:
+                            self.wait_logged(running)
                         output = self.shell(command)
                     self.assertEqual(masked(output), masked(shown))
                     tried += 1
