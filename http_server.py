@@ -255,10 +255,10 @@ class HttpServer:
 
     def _overdue(self, connection: _Connection) -> None:
         if connection.phase in (_READING, _WRITING):
-            self._reject("too slow", connection)
+            self._reject("too slow")
         self._close(connection)
 
-    def _reject(self, why: str, connection: _Connection | None = None) -> None:
+    def _reject(self, why: str) -> None:
         self.rejected_connections += 1
         if self._notice.add():
             self._notice.example(why)
@@ -275,20 +275,22 @@ class HttpServer:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     self._reject(f"cannot accept: {error.strerror}")
-                    if not self._make_room():
+                    if not self._make_room(reserve=False):
                         self._stop_accepting()  # the socket stays readable, and this would be a busy loop
                     return
                 continue  # the peer was gone before it was accepted
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            reserve = len(self._connections) >= self._max_connections and not self._make_room()
-            if len(self._connections) >= self._max_connections + RESERVE_CONNECTIONS:
+            reserve = len(self._connections) >= self._max_connections and not self._make_room(reserve=False)
+            most = self._max_connections + RESERVE_CONNECTIONS
+            if len(self._connections) >= most and not self._make_room(reserve=True):
                 self._reject("too many connections")
                 sock.close()
                 continue
             connection = _Connection(sock, self._clock() + (LINGER_S if reserve else REQUEST_DEADLINE_S), reserve)
             self._connections.add(connection)
             self._selector.register(sock, selectors.EVENT_READ, connection)
+            self._ready(connection)  # its request has often come with it
 
     def _stop_accepting(self) -> None:
         if self._accepting:
@@ -296,18 +298,21 @@ class HttpServer:
             self._accepting = False
         self._accept_again_at = self._clock() + TICK_S
 
-    def _make_room(self) -> bool:
-        """Close the connection that has waited longest for its reader to ask something; False where none waits."""
-        waiting = [c for c in self._connections if c.phase in (_IDLE, _READING, _LINGERING) and not c.reserve]
+    def _make_room(self, *, reserve: bool) -> bool:
+        """Close a connection that waits for its reader to ask something; False where none can be spared.
+
+        First the oldest that never asked anything, then the one that has been idle for longest, then the slowest that
+        is in the middle of asking, though not within its first half second.
+        """
+        waiting = [c for c in self._connections if c.phase != _WRITING and c.reserve == reserve]
         if not waiting:
             return False
-        # One that has asked nothing for a while goes before one that is in the middle of asking.
-        oldest = min(waiting, key=lambda c: (c.phase == _READING, c.deadline))
-        if oldest.phase == _READING:
-            if oldest.deadline > self._clock() + REQUEST_DEADLINE_S - 0.5:
-                return False  # it has had no half second yet
-            self._reject("too many connections, the slowest was closed", oldest)
-        self._close(oldest)
+        spared = min(waiting, key=lambda c: (bool(c.received), c.phase == _IDLE, c.deadline))
+        if spared.received and spared.deadline > self._clock() + REQUEST_DEADLINE_S - 0.5:
+            return False
+        if spared.phase == _READING:
+            self._reject("too many connections, the longest without a whole request was closed")
+        self._close(spared)
         return True
 
     def _ready(self, connection: _Connection) -> None:

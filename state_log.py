@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from daemon_log import OncePerMinute
 from engine_state import quote_json
 from state_store import ReceivedState
 
@@ -44,7 +45,7 @@ class _Lines:
     """Whole lines on their way to the file; `offset` is how far they are written."""
 
     data: bytes
-    states: int  # lines that are states; an event is alone in its _Lines, with 0
+    states: int  # how many lines; 0 for the one line of an event
     offset: int = 0
 
 
@@ -57,8 +58,8 @@ def state_line(received_s: float, received: ReceivedState) -> str:
 class StateLog:
     """A JSONL file that is rotated by size, followed when it is moved, and retried when it cannot be written.
 
-    `append` and `append_event` may be called from any thread and never wait for the disk; `reopen` even from a signal
-    handler. `open` comes first, then `run` has a thread, then `stop` and `close`. `step` belongs to that thread.
+    `append` may be called from any thread and never waits for the disk; `reopen` even from a signal handler. `open`
+    comes first, then `run` has a thread, then `stop` and `close`. `step` belongs to that thread.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class StateLog:
         self._errors = 0
         self._rotations = 0
         self._failing = False
+        self._said_failing = False
+        self._trouble = OncePerMinute(clock)
         self._retry_at = self._rotate_at = clock()  # not before
         self.moved_at = clock()  # monotonic
 
@@ -178,8 +181,9 @@ class StateLog:
         except OSError as error:
             self._failed(error)
         else:
-            if self._failing:
-                self._failing = False
+            self._failing = False
+            if self._said_failing:
+                self._said_failing = False
                 logger.warning("writing the state log again file=%s dropped=%d", self._path, self._dropped)
 
     def _failed(self, error: OSError) -> None:
@@ -188,27 +192,33 @@ class StateLog:
         self._unfinished_line_back_out()
         if not self._failing:
             self._failing = True
+            if self._trouble.add():
+                self._trouble.example(str(error))
+        said = None if self._said_failing else self._trouble.due()
+        if said is not None:
+            self._said_failing = True
             logger.error(
-                "cannot write the state log, states are still taken file=%s error=%s; lines wait in a buffer of %d MiB,"
-                " what does not fit is dropped and counted; it is tried again every second",
+                "cannot write the state log, states are still taken file=%s %s; lines wait in a buffer of %d MiB, what"
+                " does not fit is dropped and counted; it is tried again every second",
                 self._path,
-                error,
+                said,
                 self._buffer_bytes >> 20,
             )
 
     def _take_waiting(self) -> None:
+        """Join what waits to pieces of about WRITE_BYTES, so that many small batches are one write."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
-        run: list[_Lines] = []
-        for lines in [*waiting, None]:
-            if lines is not None and lines.states:
-                run.append(lines)
-                continue
-            if run:
-                self._unwritten.append(_Lines(b"".join(part.data for part in run), sum(part.states for part in run)))
-                run = []
-            if lines is not None:
-                self._unwritten.append(lines)
+        waiting.reverse()
+        while waiting:
+            parts: list[bytes] = []
+            states = size = 0
+            while waiting and size < WRITE_BYTES:
+                lines = waiting.pop()
+                parts.append(lines.data)
+                states += lines.states
+                size += len(lines.data)
+            self._unwritten.append(_Lines(b"".join(parts), states))
 
     def _write_unwritten(self) -> None:
         while self._unwritten:

@@ -102,6 +102,9 @@ class PastState(NamedTuple):
     received_ms: int
 
 
+MODES_IN_A_HISTORY = 8  # names of scheduling modes; who invents more of them loses what is older, and no memory
+
+
 class _History:
     """The latest states of one engine, packed: 64 bytes a state where an EngineState takes 470.
 
@@ -109,34 +112,40 @@ class _History:
     """
 
     __slots__ = ("_modes", "_next", "_rows", "_size")
-    _ROW = struct.Struct("=7d")
+    _ROW = struct.Struct("=8d")
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self._size = size * self._ROW.size
         self._rows = bytearray()
-        self._modes: list[str] = []
-        self._next = 0  # row that is overwritten next, once all are in use
+        self._modes: list[str] = []  # a row has the index of its mode
+        self._next = 0  # where the oldest row is overwritten, once there are as many as are kept
 
     def add(self, state: EngineState, received_s: float) -> None:
         if not self._size:
             return
+        mode, modes = state.scheduling_mode, self._modes
+        if mode not in modes:
+            if len(modes) >= MODES_IN_A_HISTORY:
+                modes.clear()
+                self._rows.clear()
+                self._next = 0
+            modes.append(mode)
         row = self._ROW.pack(
             received_s,
             state.timestamp_ms,
             state.latency_pred_ms,
+            modes.index(mode),
             state.pending_tokens_total,
             state.kv_cache_free_blocks,
             state.kv_cache_total_blocks,
             state.engine_capacity,
         )
-        if len(self._modes) < self._size:
+        if len(self._rows) < self._size:
             self._rows += row
-            self._modes.append(state.scheduling_mode)
         else:
-            start = self._next * self._ROW.size
-            self._rows[start : start + self._ROW.size] = row
-            self._modes[self._next] = state.scheduling_mode
-            self._next = (self._next + 1) % self._size
+            start = self._next
+            self._rows[start : start + len(row)] = row
+            self._next = (start + len(row)) % self._size
 
     def copy(self) -> tuple[bytes, list[str], int]:
         return bytes(self._rows), self._modes.copy(), self._next
@@ -145,12 +154,21 @@ class _History:
     def unpack(cls, engine_id: str, rows: bytes, modes: list[str], oldest: int) -> list[PastState]:
         """The states in a copy, oldest first; needs no lock."""
         past = []
-        for (received_s, timestamp, latency, pending, free, total, capacity), mode in zip(
-            cls._ROW.iter_unpack(rows), modes, strict=True
+        for received_s, timestamp, latency, mode, pending, free, total, capacity in cls._ROW.iter_unpack(
+            rows[oldest:] + rows[:oldest]
         ):
-            state = EngineState(engine_id, int(timestamp), latency, mode, int(pending), int(free), int(total), capacity)
+            state = EngineState(
+                engine_id,
+                int(timestamp),
+                latency,
+                modes[int(mode)],
+                int(pending),
+                int(free),
+                int(total),
+                capacity,
+            )
             past.append(PastState(state, int(received_s * 1000)))
-        return past[oldest:] + past[:oldest]
+        return past
 
 
 # What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic; since the

@@ -279,6 +279,25 @@ class Failing(LogCase):
         self.assertEqual((counters.written, counters.dropped), (10, 0))
         self.assertGreater(counters.errors, 1)
 
+    def test_a_disk_that_fails_and_works_by_turns_is_not_said_at_every_turn(self) -> None:
+        log = self.make_log()
+        with self.assertLogs("elrar.log") as logged:
+            for number in range(45):  # seconds
+                with mock.patch("state_log.os.write", FullDisk(room=0 if number % 2 else 1 << 20).write):
+                    self.write(log, number)
+                    self.clock.move(1.1)
+        self.assertEqual([record.levelname for record in logged.records], ["ERROR", "WARNING"])
+        self.assertEqual(self.numbers(self.path), list(range(45)))
+
+    def test_trouble_that_was_not_said_at_first_is_said_when_it_lasts(self) -> None:
+        log = self.make_log()
+        with self.assertLogs("elrar.log") as logged:
+            for room in (0, 1 << 20, *([0] * 70)):
+                with mock.patch("state_log.os.write", FullDisk(room).write):
+                    self.write(log, 1)
+                    self.clock.move(1.1)
+        self.assertEqual([record.levelname for record in logged.records], ["ERROR", "WARNING", "ERROR"])
+
     def test_beyond_the_buffer_lines_are_dropped_and_counted(self) -> None:
         log = self.make_log(buffer_bytes=2000)
         disk = FullDisk(room=0)

@@ -343,6 +343,16 @@ class History(StoreCase):
         self.send()
         self.assertEqual(self.store.history("test"), [])
 
+    def test_invented_modes_cost_their_inventor_its_history_and_no_memory(self) -> None:
+        for number in range(1000):
+            self.send(timestamp_ms=number, scheduling_mode=f"invented {number}")
+            self.send(engine_id="honest", timestamp_ms=number, scheduling_mode=("a", "b")[number % 2])
+            past = self.store.history("test") or []
+            self.assertLessEqual(len(past), 8)
+            self.assertEqual(past[-1].state.scheduling_mode, f"invented {number}")
+        honest = self.store.history("honest") or []
+        self.assertEqual([state.scheduling_mode for state, _ in honest], ["a", "b"] * 50)
+
     def test_an_unknown_engine_has_none(self) -> None:
         self.assertIsNone(self.store.history("nobody"))
 

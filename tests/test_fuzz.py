@@ -1,0 +1,142 @@
+"""Mutated datagrams by the hundred thousand: each is a state that is exactly valid, or refused with one reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import socket
+import tempfile
+import unittest
+from pathlib import Path
+
+from engine_state import REASONS, EngineState, InvalidDatagram, parse_datagram
+from state_log import StateLog
+from state_store import StateStore
+from tests.harness import datagram, heartbeat, logged_states
+from tests.test_engine_state import INVALID, VALID
+from udp_listener import UdpListener, open_sockets
+
+SEED = int(os.environ.get("STATE_GATEWAY_FUZZ_SEED", "20261122"))
+GOOD = [one for one in (datagram(), heartbeat(), *VALID.values()) if len(one) <= 600]
+ANY = [*VALID.values(), *(one for _, one in INVALID.values())]
+SPLICES = (
+    b'"', b"\\", b"\\u0000", b"\\ud800", b"\x00", b"\xff", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"NaN",
+    b"-Infinity", b"1e999", b"-1", b"0.5", b"9" * 30, b"1E2", b" ", b"\n", b"\xef\xbb\xbf",
+    "\u202e".encode(), b"engine_id", b"7",
+)  # fmt: skip
+
+
+def mutated(rng: random.Random) -> bytes:
+    """A datagram that was something sensible, one to three mutations ago."""
+    one = bytearray(rng.choice(GOOD if rng.random() < 0.95 else ANY))
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at = rng.randrange(len(one) + 1)
+        kind = rng.randrange(6)
+        if kind == 0:
+            one[at:at] = rng.choice(SPLICES)
+        elif kind == 1:
+            del one[at : at + rng.randint(1, 8)]
+        elif kind == 2 and at < len(one):
+            one[at] ^= 1 << rng.randrange(8)
+        elif kind == 3:
+            one[at : at + rng.randint(0, 6)] = rng.choice(SPLICES)
+        elif kind == 4:
+            other = rng.choice(GOOD)
+            one[at:] = other[rng.randrange(len(other) + 1) :]
+        else:
+            start = rng.randrange(len(one) + 1)
+            one[at:at] = one[start : start + rng.randint(1, 40)]
+    return bytes(one)
+
+
+def is_integer(value: object, low: int) -> bool:
+    return type(value) is int and low <= value <= 2**53
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and type(value) is not bool and math.isfinite(value) and value >= 0
+
+
+def is_text(value: object, longest: int) -> bool:
+    return type(value) is str and 0 < len(value) <= longest and value.isprintable()
+
+
+def is_exactly_valid(state: EngineState) -> bool:
+    """The contract's section 1, written once more and without haste."""
+    return (
+        is_text(state.engine_id, 256)
+        and state.engine_id == state.engine_id.strip()
+        and is_integer(state.timestamp_ms, 0)
+        and is_number(state.latency_pred_ms)
+        and is_text(state.scheduling_mode, 64)
+        and is_integer(state.pending_tokens_total, 0)
+        and is_integer(state.kv_cache_free_blocks, -1)
+        and is_integer(state.kv_cache_total_blocks, -1)
+        and is_number(state.engine_capacity)
+    )
+
+
+class Fuzz(unittest.TestCase):
+    """Seeded, so that what is found once is found again."""
+
+    def test_the_parser(self) -> None:
+        rng = random.Random(SEED)
+        taken = refused = 0
+        for number in range(100_000):
+            one = mutated(rng)
+            try:
+                state = parse_datagram(one)
+            except InvalidDatagram as error:
+                refused += 1
+                if error.reason not in REASONS:
+                    self.fail(f"reason {error.reason} for {one!r}")
+                continue
+            except Exception as error:
+                self.fail(f"datagram {number}: {error!r} for {one!r}")
+            taken += 1
+            written = f"{{{state.json_fields()}}}"
+            if not is_exactly_valid(state) or json.loads(written.encode()) != state.as_dict():
+                self.fail(f"datagram {number}: {state} from {one!r}")
+        self.assertGreater(taken, 5_000)
+        self.assertGreater(refused, 50_000)
+
+    def take_all(self, listener: UdpListener, log: StateLog) -> None:
+        while listener.step(0):
+            pass
+        log.step()
+
+    def test_the_whole_way_through_the_socket(self) -> None:
+        rng = random.Random(SEED + 1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "states.jsonl"
+            store, log = StateStore(2000, 6000, 30, 10), StateLog(str(path), 0, 1)
+            log.open("gateway_started", "network mode: unicast, fuzz")
+            listener = UdpListener(open_sockets("127.0.0.1", 0, 8 << 20), store, log)
+            address = ("127.0.0.1", next(iter(listener._sockets.values())).getsockname()[1])
+            with (
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+                self.assertLogs("elrar.listener", "WARNING") as logged,
+            ):
+                for number in range(5_000):
+                    sock.sendto(mutated(rng), address)
+                    if number % 50 == 0:
+                        sock.sendto(datagram(engine_id="honest", timestamp_ms=number), address)
+                        self.take_all(listener, log)
+                        honest = store.view("honest")
+                        assert honest is not None
+                        self.assertEqual(honest.state.timestamp_ms, number)
+                self.take_all(listener, log)
+            tally = store.tally()
+            listener.close()
+            log.close("gateway_stopped", "stopped")
+            self.assertEqual(tally.received, 5_100)
+            rejected = tally.invalid_states + tally.rejected_capacity + tally.rejected_source
+            self.assertEqual(tally.received, tally.valid_states + rejected)
+            self.assertEqual(len(logged_states(path)), tally.valid_states - tally.duplicates)
+            self.assertLessEqual(len(logged.records), 2, "a line a minute and kind of trouble")
+
+
+if __name__ == "__main__":
+    unittest.main()
