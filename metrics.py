@@ -65,21 +65,26 @@ _ENGINE_FAMILIES: tuple[tuple[str, str, Callable[[EngineView], float]], ...] = (
 )  # fmt: skip
 
 
-def engine_metrics(views: list[EngineView]) -> str:
-    """One series an engine and field, for the engines that are known now."""
+def engine_metrics(views: list[EngineView]) -> bytes:
+    """One series an engine and field, for the engines that are known now.
+
+    Encoded family by family, because one string of all takes four bytes a character where a single name needs them.
+    """
     labels = [_labels({"engine_id": view.state.engine_id}) for view in views]
     parts = []
     for family, meaning, value_of in _ENGINE_FAMILIES:
         name = PREFIX + family
         lines = [f"# HELP {name} {meaning}", f"# TYPE {name} gauge"]
         lines += [f"{name}{label} {+value_of(view)!r}" for label, view in zip(labels, views, strict=True)]
-        parts.append("\n".join(lines) + "\n")
+        parts.append(("\n".join(lines) + "\n").encode())
     modes = [({"engine_id": view.state.engine_id, "scheduling_mode": view.state.scheduling_mode}, 1) for view in views]
-    parts.append(_family("engine_scheduling_mode_info", "gauge", "The engine's scheduling mode, as a label", modes))
-    return "".join(parts)
+    parts.append(
+        _family("engine_scheduling_mode_info", "gauge", "The engine's scheduling mode, as a label", modes).encode()
+    )
+    return b"".join(parts)
 
 
-def gateway_metrics(stats: dict[str, Any]) -> str:
+def gateway_metrics(stats: dict[str, Any]) -> bytes:
     """The gateway's own counters and settings, from the same numbers as /stats."""
     live, total = stats["active_engines"], stats["total_engines"]
     outcomes = {
@@ -125,4 +130,4 @@ def gateway_metrics(stats: dict[str, Any]) -> str:
     if stats["last_received"] is not None:
         parts.append(_gauge("last_received_timestamp_seconds", "When a datagram was last received, since the epoch",
                             stats["last_received"]))  # fmt: skip
-    return "".join(parts)
+    return "".join(parts).encode()

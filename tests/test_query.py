@@ -232,7 +232,7 @@ class EngineMetrics(QueryCase):
     """/metrics: one series an engine and field, in base units, gone when the engine is removed."""
 
     def samples(self) -> Samples:
-        return parse_metrics(metrics.engine_metrics(self.store.views()))[1]
+        return parse_metrics(metrics.engine_metrics(self.store.views()).decode())[1]
 
     def test_every_field_of_an_engine_has_its_series(self) -> None:
         self.take()

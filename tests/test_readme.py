@@ -13,6 +13,11 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import daemon_log
+import engine_state
+import http_server
+import state_log
+import state_store
 from config import PREFIX, SETTINGS, read_config
 from engine_state import REASONS
 from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, datagram, gateway_command, wait_until
@@ -78,6 +83,28 @@ class BothLanguages(unittest.TestCase):
     def test_the_reasons_are_those_of_the_parser(self) -> None:
         for reason, meaning in REASONS.items():
             self.assertIn(f"| `{reason}` | {meaning} |", read(ENGLISH))
+
+    def test_the_bounds_are_those_of_the_program(self) -> None:
+        table = read(ENGLISH).partition("| bound |")[2].partition("\n\n")[0]
+        bounds = re.findall(r"^\| [^|]* \| ([^|]*) \|", table, flags=re.MULTILINE)
+        numbers = [[int(number) for number in re.findall(r"(?<![A-Z_])[0-9]+", bound)] for bound in bounds]
+        self.assertEqual(
+            [bound for bound in numbers if bound],
+            [
+                [engine_state.MAX_DATAGRAM_BYTES],
+                [engine_state.MAX_NESTING],
+                [state_store.MODES_IN_A_HISTORY],
+                [state_log.BUFFER_BYTES >> 20],
+                [http_server.MAX_CONNECTIONS, http_server.RESERVE_CONNECTIONS],
+                [http_server.MAX_REQUEST_LINE_BYTES],
+                [http_server.MAX_HEAD_BYTES, http_server.MAX_HEADERS],
+                [http_server.REQUEST_DEADLINE_S],
+                [http_server.RESPONSE_DEADLINE_S],
+                [http_server.IDLE_DEADLINE_S],
+                [http_server.MAX_UNSENT_BYTES >> 20],
+                [daemon_log.QUEUED_LINES],
+            ],
+        )
 
     def test_links_within_lead_somewhere(self) -> None:
         for name in (ENGLISH, CHINESE):
