@@ -84,18 +84,22 @@ class EngineState:
             and self.engine_capacity == 0
         )
 
+    def values(self) -> tuple[str, int, float, str, int, int, int, float]:
+        """The eight fields, in the datagram's order."""
+        return (
+            self.engine_id,
+            self.timestamp_ms,
+            self.latency_pred_ms,
+            self.scheduling_mode,
+            self.pending_tokens_total,
+            self.kv_cache_free_blocks,
+            self.kv_cache_total_blocks,
+            self.engine_capacity,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The eight fields, in the datagram's order, as a dictionary of the caller's own."""
-        return {
-            "engine_id": self.engine_id,
-            "timestamp_ms": self.timestamp_ms,
-            "latency_pred_ms": self.latency_pred_ms,
-            "scheduling_mode": self.scheduling_mode,
-            "pending_tokens_total": self.pending_tokens_total,
-            "kv_cache_free_blocks": self.kv_cache_free_blocks,
-            "kv_cache_total_blocks": self.kv_cache_total_blocks,
-            "engine_capacity": self.engine_capacity,
-        }
+        return dict(zip(FIELDS, self.values(), strict=True))
 
     def json_fields(self) -> str:
         """The eight fields as the inside of a JSON object, without its braces.
@@ -112,6 +116,33 @@ class EngineState:
 
 
 FIELDS = tuple(EngineState.__dataclass_fields__)
+
+# The datagram of a busy engine as `json.dumps` writes it, with the eight fields as groups. Recognising it takes 1.0
+# microsecond where parse_datagram takes 4.6. It matches only what parse_datagram takes, and what `json_fields` writes
+# back to the letter but for the digits of floats; never a heartbeat, for its capacity is not 0. A test holds the two
+# together on hundreds of thousands of datagrams.
+_USUAL = re.compile(
+    rb'\{"engine_id": "([!#-\[\]-~]{1,256})", "timestamp_ms": (0|[1-9][0-9]{0,14}), '
+    rb'"latency_pred_ms": ((?:0|[1-9][0-9]{0,14})\.[0-9]{1,17}), '
+    rb'"scheduling_mode": "(latency_optimized|throughput_optimized|balanced)", '
+    rb'"pending_tokens_total": (0|[1-9][0-9]{0,14}), "kv_cache_free_blocks": (-1|0|[1-9][0-9]{0,14}), '
+    rb'"kv_cache_total_blocks": (-1|0|[1-9][0-9]{0,14}), "engine_capacity": ([1-9][0-9]{0,14}\.[0-9]{1,17})\}'
+)
+recognise_usual = _USUAL.fullmatch
+
+USUAL_MODES = {mode.encode(): mode for mode in _KNOWN_MODES}
+
+HeldState = EngineState | bytes  # bytes: a usual datagram, which becomes an EngineState only when somebody reads it
+
+
+def as_state(held: HeldState) -> EngineState:
+    """The state that is held, parsed now where it has not been."""
+    return held if isinstance(held, EngineState) else parse_datagram(held)
+
+
+def as_json_fields(held: HeldState) -> str:
+    """The eight fields of the state that is held, as the inside of a JSON object; see EngineState.json_fields."""
+    return held.json_fields() if isinstance(held, EngineState) else held[1:-1].decode("ascii")
 
 
 def parse_datagram(datagram: bytes) -> EngineState:

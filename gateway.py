@@ -16,12 +16,14 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 import argparse
 import atexit
+import contextlib
 import errno
 import http.client
 import logging
 import os
 import queue
 import secrets
+import select
 import signal
 import socket
 import threading
@@ -239,7 +241,7 @@ class StateGateway:
         return f"network mode: {self.config.network_mode}, UDP {' and '.join(udp)}, HTTP {http_at}, state log {log}"
 
     def reopen_log(self) -> None:
-        """Open the state log anew, as after SIGHUP; safe in a signal handler."""
+        """Open the state log anew, as after SIGHUP."""
         if self._log is not None:
             self._log.reopen()
 
@@ -293,12 +295,12 @@ class StateGateway:
         Raises RuntimeError where a thread of the gateway died: an old table must not pass for the present one.
         """
         self._refuse_if_dead()
-        return {view.state.engine_id: view.state.as_dict() for view in self._store.views()}
+        return {view.engine_id: view.state.as_dict() for view in self._store.views()}
 
     def get_engine_snapshot(self) -> dict[str, dict[str, Any]]:
         """As `get_engine_states_dict`, with what /engines says of freshness too: status, age_ms, heartbeat, ..."""
         self._refuse_if_dead()
-        return {view.state.engine_id: entry(view) for view in self._store.views()}
+        return {view.engine_id: entry(view) for view in self._store.views()}
 
     def get_engine_state(self, engine_id: str) -> EngineState | None:
         """The state of one engine, live or stale, or None where it is not known; raises RuntimeError as above."""
@@ -491,7 +493,6 @@ os.register_at_fork(after_in_child=_forget_gateway_of_parent)
 
 def main(arguments: Sequence[str]) -> int:
     """Run the daemon until it is told to stop; returns the exit status."""
-    exits: queue.SimpleQueue[str] = queue.SimpleQueue()
     options = _parse_arguments(arguments)
     try:
         config = read_config(os.environ)
@@ -506,33 +507,56 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.health_check:
         return _health_check(config)
-    return _run_daemon(config, exits)
+    return _run_daemon(config)
 
 
-def _run_daemon(config: Config, exits: queue.SimpleQueue[str]) -> int:
+class _Exits:
+    """The one thing that the main thread waits on: signals, and threads that died.
+
+    Signals come through signal.set_wakeup_fd, whichever thread the kernel gives them to. A handler that puts into a
+    queue is not enough: a signal that comes just before a `get` blocks is handled only when that returns.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._dead: queue.SimpleQueue[str] = queue.SimpleQueue()
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+
+    def thread_died(self, name: str) -> None:
+        """Wake the main thread; from any other."""
+        self._dead.put(name)
+        with contextlib.suppress(BlockingIOError):
+            self._writer.send(b"\0")
+
+    def wait(self, timeout_s: float | None) -> set[str]:
+        """The names of the signals that came, or `thread ... died`; empty after `timeout_s`."""
+        select.select([self._reader], [], [], timeout_s)
+        came = set()
+        with contextlib.suppress(BlockingIOError):
+            came = {signal.Signals(number).name for number in self._reader.recv(4096) if number}
+        while not self._dead.empty():
+            came.add(f"thread {self._dead.get()} died")
+        return came
+
+    def close(self) -> None:
+        """Give the signals back."""
+        signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
+
+
+def _run_daemon(config: Config) -> int:
     _occupy_standard_descriptors()
-    # Threads inherit the mask that they are started with. A signal that came to one of them, as after a SIGSTOP it may,
-    # would not wake the main thread, which alone runs Python's signal handlers.
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    exits = _Exits()
     daemon_log = DaemonLog(config.log_level)
-    gateway = StateGateway(
-        config,
-        on_death=lambda name: exits.put(f"thread {name} died"),
-        own_log_dropped=lambda: daemon_log.dropped,
-    )
-    stopped_by: list[str] = []
-
-    def stop(signal_number: int, _: object) -> None:
-        stopped_by.append(signal.Signals(signal_number).name)
-        exits.put(stopped_by[0])
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGHUP, lambda *_: gateway.reopen_log())
     try:
         for line in unknown_variables(os.environ):
             logger.warning("%s", line)
+        gateway = StateGateway(config, on_death=exits.thread_died, own_log_dropped=lambda: daemon_log.dropped)
         try:
             gateway.open()
         except StartError as error:
@@ -540,25 +564,32 @@ def _run_daemon(config: Config, exits: queue.SimpleQueue[str]) -> int:
             return 1
         gateway.start()
         logger.info("ready: %s", gateway.describe())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        reason = _wait_for_exit(gateway, exits)
-        logger.info("stopping reason=%s", reason)
+        reasons = _wait_for_exit(gateway, exits)
+        logger.info("stopping reason=%s", " and ".join(sorted(reasons)))
         gateway.shutdown()
         logger.info("stopped %s", _summary(gateway.get_stats()))
-        return 0 if stopped_by and reason == stopped_by[0] else 1
+        return 0 if reasons <= {"SIGTERM", "SIGINT"} else 1
     finally:
         daemon_log.close()
+        exits.close()
 
 
-def _wait_for_exit(gateway: StateGateway, exits: queue.SimpleQueue[str]) -> str:
-    """Wait for a reason to exit, with a line of statistics now and then."""
+def _wait_for_exit(gateway: StateGateway, exits: _Exits) -> set[str]:
+    """Wait for reasons to exit, with a line of statistics now and then."""
     interval_s = gateway.config.stats_interval_s
+    summary_at = time.monotonic() + interval_s
     dropped_before = 0
     while True:
-        try:
-            return exits.get(timeout=interval_s or None)
-        except queue.Empty:
-            stats = gateway.get_stats()
+        reasons = exits.wait(max(0.0, summary_at - time.monotonic()) if interval_s else None)
+        if "SIGHUP" in reasons:
+            gateway.reopen_log()
+            reasons.remove("SIGHUP")
+        if reasons:
+            return reasons
+        if not interval_s or time.monotonic() < summary_at:
+            continue
+        summary_at += interval_s
+        stats = gateway.get_stats()
         logger.info("summary %s", _summary(stats))
         dropped = stats["kernel_dropped"] or 0
         if dropped > dropped_before:

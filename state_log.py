@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from daemon_log import OncePerMinute
 from engine_state import quote_json
-from state_store import ReceivedState
+from state_store import Received
 
 logger = logging.getLogger("elrar.log")
 
@@ -27,6 +27,7 @@ BUFFER_BYTES = 32 * 1024 * 1024  # 20 s of 5,000 states/s
 FLUSH_INTERVAL_S = 0.1
 RETRY_INTERVAL_S = 1.0
 ROTATE_RETRY_S = 60.0
+CACHED_LINE_ENDS = 16384  # sources
 WRITE_BYTES = 1024 * 1024  # at most in one system call, so that a slow disk is seen to move
 
 
@@ -49,10 +50,8 @@ class _Lines:
     offset: int = 0
 
 
-def state_line(received_s: float, received: ReceivedState) -> str:
-    """One line of the log for a state."""
-    fields, source = received.state.json_fields(), quote_json(received.source)
-    return f'{{"timestamp": {received_s!r}, "state": {{{fields}}}, "source": {source}}}\n'
+def _end_of_line(source: str) -> bytes:
+    return b', "source": %b}\n' % quote_json(source).encode()
 
 
 class StateLog:
@@ -83,6 +82,7 @@ class StateLog:
         self._waiting: list[_Lines] = []
         self._buffered_bytes = 0  # appended and not yet written, `_unwritten` included
         self._dropped = 0
+        self._line_ends: dict[str, bytes] = {}  # of `append`'s thread
         self._stopping = threading.Event()
         self._reopen_asked = False
         # All below is the writer's own.
@@ -112,11 +112,23 @@ class StateLog:
             self._close_file()
             raise
 
-    def append(self, received_s: float, states: Iterable[ReceivedState]) -> None:
-        """Buffer the lines of states that were received at `received_s` (s since the epoch)."""
-        lines = [state_line(received_s, received) for received in states]
-        if lines:
-            self._buffer(_Lines("".join(lines).encode(), len(lines)))
+    def append(self, received_s: float, states: Iterable[Received]) -> None:
+        """Buffer the lines of states that were received at `received_s` (s since the epoch).
+
+        Of one thread at a time. A usual datagram is in its line as it was sent, which takes a tenth of writing it anew.
+        """
+        start = b'{"timestamp": %b, "state": ' % repr(received_s).encode()
+        pieces: list[bytes] = []
+        for held, _, source in states:
+            end = self._line_ends.get(source)
+            if end is None:
+                if len(self._line_ends) >= CACHED_LINE_ENDS:
+                    self._line_ends.clear()
+                end = self._line_ends[source] = _end_of_line(source)
+            state = held if isinstance(held, bytes) else f"{{{held.json_fields()}}}".encode()
+            pieces += (start, state, end)
+        if pieces:
+            self._buffer(_Lines(b"".join(pieces), len(pieces) // 3))
 
     def _buffer(self, lines: _Lines) -> None:
         size = len(lines.data)

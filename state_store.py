@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from daemon_log import OncePerMinute
-from engine_state import REASONS, EngineState
+from engine_state import REASONS, USUAL_MODES, EngineState, HeldState, as_state
 
 logger = logging.getLogger("elrar.store")
 
@@ -55,11 +55,9 @@ class Tally:
         return sum(self.invalid.values())
 
 
-class ReceivedState(NamedTuple):
-    """A valid state and the address that it came from, as `<ip>:<port>`."""
-
-    state: EngineState
-    source: str
+# A valid state on its way from the listener: the state, or a usual datagram with its eight fields as bytes; and the
+# address that it came from, as `<ip>:<port>`. A plain tuple, since a class of its own takes 0.3 microseconds more.
+Received = tuple[HeldState, tuple[bytes, ...] | None, str]
 
 
 @dataclass(slots=True)
@@ -68,7 +66,7 @@ class Batch:
 
     received_at: float  # s, the gateway's monotonic clock
     received_s: float  # s since the epoch
-    states: list[ReceivedState] = field(default_factory=list)
+    states: list[Received] = field(default_factory=list)
     rejected_source: int = 0
     invalid: list[str] = field(default_factory=list)  # a reason each
 
@@ -78,21 +76,44 @@ class Batch:
         return len(self.states) + self.rejected_source + len(self.invalid)
 
 
+# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic; since the
+# epoch), source, timestamp_ms. Replaced as a whole and never changed, so that readers need no lock to see it whole.
+Shown = tuple[HeldState, bool, float, float, str, int]
+
+
 class EngineView(NamedTuple):
     """One engine as a reader sees it, at the moment that the reader looked."""
 
-    state: EngineState
-    heartbeat: bool  # the state shown is one
+    engine_id: str
     status: str  # LIVE or STALE
     age_ms: int  # since the engine was last heard from
     state_age_ms: int  # since the state shown was received
-    received_ms: int  # since the epoch, when the state shown was received
-    source: str
+    shown: Shown
+
+    @property
+    def state(self) -> EngineState:
+        """The state shown; where it was a usual datagram, it is parsed at each call."""
+        return as_state(self.shown[0])
+
+    @property
+    def heartbeat(self) -> bool:
+        """Whether the state shown is one."""
+        return self.shown[1]
+
+    @property
+    def received_ms(self) -> int:
+        """When the state shown was received, in ms since the epoch."""
+        return int(self.shown[3] * 1000)
+
+    @property
+    def source(self) -> str:
+        """Where the state shown came from."""
+        return self.shown[4]
 
     @property
     def clock_offset_ms(self) -> int:
         """Receipt minus the engine's own timestamp: how far its clock is off, plus the way here."""
-        return self.received_ms - self.state.timestamp_ms
+        return self.received_ms - self.shown[5]
 
 
 class PastState(NamedTuple):
@@ -113,6 +134,7 @@ class _History:
 
     __slots__ = ("_modes", "_next", "_rows", "_size")
     _ROW = struct.Struct("=8d")
+    _pack = _ROW.pack
 
     def __init__(self, size: int) -> None:
         self._size = size * self._ROW.size
@@ -120,26 +142,27 @@ class _History:
         self._modes: list[str] = []  # a row has the index of its mode
         self._next = 0  # where the oldest row is overwritten, once there are as many as are kept
 
-    def add(self, state: EngineState, received_s: float) -> None:
+    def add(
+        self,
+        received_s: float,
+        timestamp: int,
+        latency: float,
+        mode: str,
+        pending: int,
+        free: int,
+        total: int,
+        capacity: float,
+    ) -> None:
         if not self._size:
             return
-        mode, modes = state.scheduling_mode, self._modes
+        modes = self._modes
         if mode not in modes:
             if len(modes) >= MODES_IN_A_HISTORY:
                 modes.clear()
                 self._rows.clear()
                 self._next = 0
             modes.append(mode)
-        row = self._ROW.pack(
-            received_s,
-            state.timestamp_ms,
-            state.latency_pred_ms,
-            modes.index(mode),
-            state.pending_tokens_total,
-            state.kv_cache_free_blocks,
-            state.kv_cache_total_blocks,
-            state.engine_capacity,
-        )
+        row = self._pack(received_s, timestamp, latency, modes.index(mode), pending, free, total, capacity)
         if len(self._rows) < self._size:
             self._rows += row
         else:
@@ -171,20 +194,16 @@ class _History:
         return past
 
 
-# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic; since the
-# epoch), source. Replaced as a whole and never changed, so that readers need no lock to see it whole.
-_Shown = tuple[EngineState, bool, float, float, str]
-
-
 class _Engine:
     """What is held of one engine. Written under the store's lock only."""
 
-    __slots__ = ("heard_at", "history", "last", "newest_ms", "said_stale", "shown")
+    __slots__ = ("heard_at", "history", "last", "last_ms", "newest_ms", "said_stale", "shown")
 
     heard_at: float  # monotonic, when the last datagram was taken from it
-    last: EngineState  # the last datagram taken from it
+    last: HeldState  # the last datagram taken from it
+    last_ms: int  # its timestamp_ms
     newest_ms: int  # the newest timestamp_ms taken since it last restarted
-    shown: _Shown
+    shown: Shown
 
     def __init__(self, history: int) -> None:
         self.history = _History(history)
@@ -212,6 +231,7 @@ class StateStore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stale_ms = stale_threshold_ms
+        self._stale_s = (stale_threshold_ms + 1 - 1e-3) / 1000  # whole milliseconds, as _whole_ms has them
         self._expire_ms = expire_after_ms
         self._max_engines = max_engines
         self._history = history
@@ -235,46 +255,58 @@ class StateStore:
             tally.last_received_s = batch.received_s
             for reason in batch.invalid:
                 tally.invalid[reason] += 1
-            return [self._take_state(state, source, batch) for state, source in batch.states]
+            return [self._take_state(received, batch) for received in batch.states]
 
-    def _take_state(self, state: EngineState, source: str, batch: Batch) -> str:
+    def _take_state(self, received: Received, batch: Batch) -> str:
+        held, fields, source = received
         now = batch.received_at
-        heartbeat = state.is_heartbeat
-        engine = self._engines.get(state.engine_id)
+        if fields is None:
+            state = as_state(held)
+            engine_id, timestamp, heartbeat = state.engine_id, state.timestamp_ms, state.is_heartbeat
+        else:
+            engine_id, timestamp, heartbeat = fields[0].decode("ascii"), int(fields[1]), False
+        engine = self._engines.get(engine_id)
         if engine is None:
             if len(self._engines) >= self._max_engines:
                 self._tally.rejected_capacity += 1
                 return REJECTED_CAPACITY
-            engine = self._engines[state.engine_id] = _Engine(self._history)
-            _count(self._appeared, state.engine_id)
+            engine = self._engines[engine_id] = _Engine(self._history)
+            _count(self._appeared, engine_id)
         else:
-            live = self._is_live(now - engine.heard_at)
+            live = now - engine.heard_at < self._stale_s
             engine.heard_at = now
             if engine.said_stale:
                 engine.said_stale = False
-                _count(self._returned, state.engine_id)
+                _count(self._returned, engine_id)
             if live:
-                if state.timestamp_ms == engine.last.timestamp_ms and state == engine.last:
+                if timestamp == engine.last_ms and _same(held, engine.last):
                     self._tally.duplicates += 1
                     return DUPLICATE
                 # Lower by more than the threshold is an engine that restarted, or whose clock was set.
-                if 0 < engine.newest_ms - state.timestamp_ms <= self._stale_ms:
-                    engine.last = state
+                if 0 < engine.newest_ms - timestamp <= self._stale_ms:
+                    engine.last, engine.last_ms = held, timestamp
                     self._tally.out_of_order += 1
                     return OUT_OF_ORDER
             if heartbeat:
-                _, shows_heartbeat, shown_at, _, _ = engine.shown
-                if not shows_heartbeat and self._is_live(now - shown_at):
+                _, shows_heartbeat, shown_at, *_ = engine.shown
+                if not shows_heartbeat and now - shown_at < self._stale_s:
                     # Its placeholders would make a busy engine look idle: the load state stays in the table.
-                    engine.last = state
-                    engine.newest_ms = state.timestamp_ms
+                    engine.last = held
+                    engine.last_ms = engine.newest_ms = timestamp
                     self._tally.heartbeats += 1
                     return HEARTBEAT
         engine.heard_at = now
-        engine.last = state
-        engine.newest_ms = state.timestamp_ms
-        engine.shown = (state, heartbeat, now, batch.received_s, source)
-        engine.history.add(state, batch.received_s)
+        engine.last = held
+        engine.last_ms = engine.newest_ms = timestamp
+        engine.shown = (held, heartbeat, now, batch.received_s, source, timestamp)
+        if fields is None:
+            engine.history.add(batch.received_s, *state.values()[1:])
+        else:
+            _, _, latency, mode, pending, free, total, capacity = fields
+            engine.history.add(
+                batch.received_s, timestamp, float(latency), USUAL_MODES[mode], int(pending), int(free), int(total),
+                float(capacity),
+            )  # fmt: skip
         if heartbeat:
             self._tally.heartbeats += 1
             return HEARTBEAT
@@ -332,21 +364,23 @@ class StateStore:
 
     def counts(self) -> tuple[int, int]:
         """How many engines are live, and how many are known."""
-        engines = self._copy_engines()
+        with self._lock:
+            engines = list(self._engines.values())
         now = self._clock()
         return sum(self._is_live(now - engine.heard_at) for engine in engines), len(engines)
 
     def views(self) -> list[EngineView]:
         """Every engine, in the order in which they appeared. The lock is held for one list copy only."""
-        engines = self._copy_engines()
+        with self._lock:
+            engines = list(self._engines.items())
         now = self._clock()
-        return [self._view(engine, now) for engine in engines]
+        return [self._view(engine_id, engine, now) for engine_id, engine in engines]
 
     def view(self, engine_id: str) -> EngineView | None:
         """One engine, or None where it is not known."""
         with self._lock:
             engine = self._engines.get(engine_id)
-        return None if engine is None else self._view(engine, self._clock())
+        return None if engine is None else self._view(engine_id, engine, self._clock())
 
     def history(self, engine_id: str) -> list[PastState] | None:
         """The states that the table showed for an engine, oldest first; None where it is not known."""
@@ -357,23 +391,17 @@ class StateStore:
             packed = engine.history.copy()
         return _History.unpack(engine_id, *packed)
 
-    def _copy_engines(self) -> list[_Engine]:
-        with self._lock:
-            return list(self._engines.values())
-
-    def _view(self, engine: _Engine, now: float) -> EngineView:
+    def _view(self, engine_id: str, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
-        state, heartbeat, shown_at, received_s, source = engine.shown
+        shown = engine.shown
         age_ms = max(0, _whole_ms(now - engine.heard_at))
-        return EngineView(
-            state,
-            heartbeat,
-            LIVE if age_ms <= self._stale_ms else STALE,
-            age_ms,
-            max(age_ms, _whole_ms(now - shown_at)),
-            int(received_s * 1000),
-            source,
-        )
+        status = LIVE if age_ms <= self._stale_ms else STALE
+        return EngineView(engine_id, status, age_ms, max(age_ms, _whole_ms(now - shown[2])), shown)
+
+
+def _same(held: HeldState, other: HeldState) -> bool:
+    """Whether all eight fields are equal, however they were written."""
+    return held == other or as_state(held) == as_state(other)
 
 
 def _count(notice: OncePerMinute, engine_id: str) -> None:

@@ -15,17 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from config import BROADCAST, Network
 from daemon_log import OncePerMinute
-from engine_state import MAX_DATAGRAM_BYTES, InvalidDatagram, parse_datagram
+from engine_state import InvalidDatagram, as_state, parse_datagram, recognise_usual
 from state_log import StateLog
-from state_store import DUPLICATE, REJECTED_CAPACITY, Batch, ReceivedState, StateStore
+from state_store import DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
+from udp_receiver import BATCH_DATAGRAMS, Datagram, make_receiver, unpack_address
 
 logger = logging.getLogger("elrar.listener")
 
-BATCH_DATAGRAMS = 128  # at most between two looks at the clock; the store's lock is held for 0.2 ms at most
+BATCHES_A_STEP = 16  # at most, before it is looked at whether to stop
 WAIT_MS = 200  # a silent socket is looked at this often, which shows that the listener moves
 STOP_DRAIN_S = 1.0  # at stop, what waits in the socket is taken for at most this long
 CACHED_SOURCES = 16384
@@ -35,38 +35,16 @@ _SO_RCVBUFFORCE = 33  # Linux; not in the socket module
 _SO_MEMINFO = 55
 _MEMINFO_DROPS = 8  # index of the u32 that counts what was dropped
 
-Address = tuple[Any, ...]
-
 
 def format_address(host: str, port: int) -> str:
     """`<ip>:<port>`, with the brackets that an IPv6 address needs."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def format_source(address: Address) -> str:
-    """A sender's address as `<ip>:<port>`; an IPv4 sender on an IPv6 socket is shown as the IPv4 address it is."""
-    return format_address(address[0].removeprefix("::ffff:"), address[1])
-
-
-class SourceFilter:
-    """Which senders' addresses are taken. One thread only, because it remembers what it decided."""
-
-    def __init__(self, allowed: Sequence[Network]) -> None:
-        self._allowed = tuple(allowed)
-        self._decided: dict[str, bool] = {}
-
-    def allows(self, host: str) -> bool:
-        """Whether datagrams from `host`, as the socket names it, are taken."""
-        decided = self._decided.get(host)
-        if decided is None:
-            address = ipaddress.ip_address(host)
-            if isinstance(address, ipaddress.IPv6Address):
-                address = address.ipv4_mapped or ipaddress.IPv6Address(int(address))  # without the scope
-            decided = any(address in network for network in self._allowed)
-            if len(self._decided) >= CACHED_SOURCES:
-                self._decided.clear()
-            self._decided[host] = decided
-        return decided
+def is_allowed(host: str, allowed: Sequence[Network]) -> bool:
+    """Whether `host`, as unpack_address gives it, is in one of the networks."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return any(address in network for network in allowed)
 
 
 def _bind(family: int, address: str, port: int, *, dual_stack: bool, receive_buffer: int) -> socket.socket:
@@ -139,10 +117,13 @@ class UdpListener:
         self._sockets = {sock.fileno(): sock for sock in sockets}
         self._store = store
         self._log = log
-        self._filter = SourceFilter(allowed_sources) if allowed_sources else None
+        self._receivers = {sock.fileno(): make_receiver(sock) for sock in sockets}
+        self._allowed = tuple(allowed_sources)
         self._clock = clock
         self._wall_clock = wall_clock
-        self._sources: dict[Address, str] = {}
+        self._sources: dict[
+            bytes, str
+        ] = {}  # what was decided of each address: its text, or nothing where it is refused
         self._stopping = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._poll = select.poll()
@@ -172,29 +153,29 @@ class UdpListener:
             pass
 
     def step(self, wait_ms: int) -> int:
-        """Wait for datagrams, for `wait_ms` at most, and take one batch; returns how many it was."""
-        looked_at = self.moved_at = self._clock()
-        ready = self._poll.poll(wait_ms)
-        datagrams: list[tuple[bytes, Address]] = []
-        all_taken = True
-        for fd, _ in ready:
-            if fd in self._sockets:
-                all_taken &= self._receive(self._sockets[fd], datagrams)
-        if datagrams:
-            self._take(datagrams)
-        self._say_how_far(all_taken, looked_at, len(datagrams))
-        return len(datagrams)
+        """Wait for datagrams, for `wait_ms` at most, and take what waits then; returns how many it was.
 
-    def _receive(self, sock: socket.socket, datagrams: list[tuple[bytes, Address]]) -> bool:
-        """Take up to a batch without waiting; returns whether the socket was emptied."""
-        recvfrom = sock.recvfrom
-        size = MAX_DATAGRAM_BYTES + 1  # one more, so that a longer datagram is seen to be longer
-        try:
-            for _ in range(BATCH_DATAGRAMS):
-                datagrams.append(recvfrom(size))
-        except BlockingIOError:
-            return True
-        return False
+        It takes batch after batch without waiting in between: a wait gives the interpreter's lock away, and beside a
+        CPU-bound thread that costs 5 ms.
+        """
+        looked_at = self.moved_at = self._clock()
+        taken = 0
+        emptied = True
+        for fd, _ in self._poll.poll(wait_ms):
+            receiver = self._receivers.get(fd)
+            if receiver is None:
+                continue  # woken up to stop
+            for _ in range(BATCHES_A_STEP):
+                datagrams = receiver.receive()
+                if datagrams:
+                    taken += len(datagrams)
+                    self._take(datagrams)
+                if len(datagrams) < BATCH_DATAGRAMS:
+                    break
+            else:
+                emptied = False
+        self._say_how_far(emptied, looked_at, taken)
+        return taken
 
     def _say_how_far(self, all_taken: bool, looked_at: float, taken: int) -> None:
         self._taken_without_pause += taken
@@ -207,56 +188,61 @@ class UdpListener:
         self._taken_without_pause = 0
         self._pause_ended_at = looked_at
 
-    def _take(self, datagrams: list[tuple[bytes, Address]]) -> None:
+    def _take(self, datagrams: list[Datagram]) -> None:
         batch = Batch(self._clock(), self._wall_clock())
-        allows = self._filter.allows if self._filter is not None else None
+        states, sources = batch.states, self._sources
         for datagram, address in datagrams:
-            if allows is not None and not allows(address[0]):
+            source = sources.get(address)
+            if source is None:
+                source = self._remember_source(address)
+            if not source:
                 batch.rejected_source += 1
                 if self._source.add():
-                    self._source.example(format_source(address))
+                    self._source.example(format_address(*unpack_address(address)))
+                continue
+            usual = recognise_usual(datagram)
+            if usual is not None:
+                states.append((datagram, usual.groups(), source))
                 continue
             try:
-                state = parse_datagram(datagram)
+                states.append((parse_datagram(datagram), None, source))
             except InvalidDatagram as error:
                 batch.invalid.append(error.reason)
                 if self._invalid.add():
-                    self._invalid.example(f"{error} bytes={len(datagram)} source={format_source(address)}")
-                continue
-            batch.states.append(ReceivedState(state, self._source_of(address)))
+                    self._invalid.example(f"{error} bytes={len(datagram)} source={source}")
         outcomes = self._store.take(batch)
         if self._log is not None:
-            self._log.append(
-                batch.received_s,
-                [
+            if DUPLICATE in outcomes or REJECTED_CAPACITY in outcomes:
+                states = [
                     received
-                    for received, outcome in zip(batch.states, outcomes, strict=True)
+                    for received, outcome in zip(states, outcomes, strict=True)
                     if outcome is not DUPLICATE and outcome is not REJECTED_CAPACITY
-                ],
-            )
+                ]
+            self._log.append(batch.received_s, states)
         self._say(batch, outcomes)
 
-    def _source_of(self, address: Address) -> str:
-        source = self._sources.get(address)
-        if source is None:
-            if len(self._sources) >= CACHED_SOURCES:
-                self._sources.clear()
-            source = self._sources[address] = format_source(address)
+    def _remember_source(self, address: bytes) -> str:
+        """The sender as `<ip>:<port>`, or nothing where it is not in ALLOWED_SOURCES."""
+        if len(self._sources) >= CACHED_SOURCES:
+            self._sources.clear()
+        host, port = unpack_address(address)
+        allowed = not self._allowed or is_allowed(host, self._allowed)
+        source = self._sources[address] = format_address(host, port) if allowed else ""
         return source
 
     def _say(self, batch: Batch, outcomes: list[str]) -> None:
         if REJECTED_CAPACITY in outcomes:
-            for (state, source), outcome in zip(batch.states, outcomes, strict=True):
+            for (held, _, source), outcome in zip(batch.states, outcomes, strict=True):
                 if outcome is REJECTED_CAPACITY and self._capacity.add():
-                    self._capacity.example(f"engine_id={state.engine_id!r} source={source}")
+                    self._capacity.example(f"engine_id={as_state(held).engine_id!r} source={source}")
         if batch.size > len(batch.states) or REJECTED_CAPACITY in outcomes:
             for what, notice in self._notices.items():
                 said = notice.due()
                 if said is not None:
                     logger.warning("rejected datagrams %s %s", what, said)
         if logger.isEnabledFor(logging.DEBUG):
-            for (state, source), outcome in zip(batch.states, outcomes, strict=True):
-                logger.debug("datagram %s engine_id=%r source=%s", outcome, state.engine_id, source)
+            for (held, _, source), outcome in zip(batch.states, outcomes, strict=True):
+                logger.debug("datagram %s engine_id=%r source=%s", outcome, as_state(held).engine_id, source)
             for reason in batch.invalid:
                 logger.debug("datagram rejected reason=%s", reason)
 

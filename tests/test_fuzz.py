@@ -11,10 +11,19 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from engine_state import REASONS, EngineState, InvalidDatagram, parse_datagram
+from engine_state import (
+    REASONS,
+    USUAL_MODES,
+    EngineState,
+    InvalidDatagram,
+    as_json_fields,
+    as_state,
+    parse_datagram,
+    recognise_usual,
+)
 from state_log import StateLog
 from state_store import StateStore
-from tests.harness import datagram, heartbeat, logged_states
+from tests.harness import CAPTURED, datagram, fields, heartbeat, logged_states
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import UdpListener, open_sockets
 
@@ -78,8 +87,70 @@ def is_exactly_valid(state: EngineState) -> bool:
     )
 
 
+def generated(rng: random.Random) -> bytes:
+    """A state with values of every size, written as an agent would, and sometimes with one byte changed."""
+    odd = rng.random() < 0.2
+    digits = rng.choice((1, 15, 16, 18)) if odd else rng.randint(1, 14)
+    number = rng.choice((rng.random() * 10**digits, float(rng.randrange(10**digits)), 59768.27))
+    if odd:
+        number = rng.choice((rng.random() / 10**digits, 0.0, 1e22))
+    state = fields(
+        engine_id="http://172.17.0.3:8000",
+        timestamp_ms=rng.randrange(10**digits),
+        latency_pred_ms=number,
+        scheduling_mode=rng.choice(("latency_optimized", "throughput_optimized", "balanced")),
+        pending_tokens_total=rng.choice((rng.randrange(10**digits), 0)),
+        kv_cache_free_blocks=rng.choice((rng.randrange(10**digits), 0, -1)),
+        kv_cache_total_blocks=rng.choice((rng.randrange(10**digits), 0, -1)),
+        engine_capacity=rng.choice((number, 59768.2749641796)),
+    )
+    if odd:
+        field, values = rng.choice(
+            (
+                ("engine_id", ("a b", "e", "x" * rng.randint(250, 260), '"', "\\", "~", "é", " ")),
+                ("timestamp_ms", (2**53 - 1, 2**53, 2**53 + 1, 0, -1, 10**15)),
+                ("scheduling_mode", ("other", "balance", "balanced ")),
+                ("pending_tokens_total", (-1, 1.0, 2**53, 2**53 + 1)),
+                ("kv_cache_free_blocks", (-2, 2**53 + 1, True)),
+                ("engine_capacity", (0.0, 0, 7, -0.0, 0.5)),
+            )
+        )
+        state[field] = rng.choice(values)
+    one = bytearray(json.dumps(state, ensure_ascii=rng.random() < 0.5).encode())
+    if rng.random() < 0.3:
+        one[rng.randrange(len(one))] = rng.choice(b'0123456789.-+eE"{}:, \\_aA\x00\xff')
+    return bytes(one)
+
+
 class Fuzz(unittest.TestCase):
     """Seeded, so that what is found once is found again."""
+
+    def test_what_is_recognised_as_usual_is_what_the_parser_says(self) -> None:
+        rng = random.Random(SEED + 2)
+        recognised = 0
+        for number in range(200_000):
+            one = generated(rng) if number % 2 else mutated(rng)
+            usual = recognise_usual(one)
+            if usual is None:
+                continue
+            recognised += 1
+            try:
+                state = parse_datagram(one)
+            except InvalidDatagram as error:
+                self.fail(f"datagram {number} is recognised, and {error}: {one!r}")
+            read = (
+                usual[1].decode(), int(usual[2]), float(usual[3]), USUAL_MODES[usual[4]], int(usual[5]), int(usual[6]),
+                int(usual[7]), float(usual[8]),
+            )  # fmt: skip
+            written = json.loads(f"{{{as_json_fields(one)}}}")
+            if read != state.values() or state.is_heartbeat or written != state.as_dict() or as_state(one) != state:
+                self.fail(f"datagram {number}: {read} {state} from {one!r}")
+        self.assertGreater(recognised, 30_000)
+
+    @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
+    def test_a_real_engine_s_states_are_usual(self) -> None:
+        for line in CAPTURED.read_text().splitlines():
+            self.assertTrue(recognise_usual(json.dumps(json.loads(line)["state"]).encode()))
 
     def test_the_parser(self) -> None:
         rng = random.Random(SEED)

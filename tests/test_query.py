@@ -11,7 +11,7 @@ from urllib.parse import quote
 import metrics
 from engine_state import FIELDS, parse_datagram
 from query import Query, QueryError, entry
-from state_store import Batch, ReceivedState, StateStore
+from state_store import Batch, StateStore
 from tests.harness import PLACEHOLDERS, FakeClock, datagram, fields
 
 WALL_S = 1755532567.5
@@ -57,7 +57,7 @@ class QueryCase(unittest.TestCase):
         self.query = Query(self.store, self.gateway)
 
     def take(self, **changes: Any) -> None:
-        received = ReceivedState(parse_datagram(datagram(**changes)), "10.0.0.1:5000")
+        received = (parse_datagram(datagram(**changes)), None, "10.0.0.1:5000")
         self.store.take(Batch(self.clock(), WALL_S, [received]))
 
     def get(self, target: str, status: int = 200) -> Any:

@@ -14,14 +14,14 @@ from unittest import mock
 import state_log
 from engine_state import parse_datagram
 from state_log import StateLog
-from state_store import ReceivedState
+from state_store import Received
 from tests.harness import FakeClock, datagram, fields, logged_states, read_log
 
 WALL_S = 1755532567.5028431
 
 
-def received(**changes: object) -> ReceivedState:
-    return ReceivedState(parse_datagram(datagram(**changes)), "172.17.0.3:40000")
+def received(**changes: object) -> Received:
+    return parse_datagram(datagram(**changes)), None, "172.17.0.3:40000"
 
 
 class LogCase(unittest.TestCase):

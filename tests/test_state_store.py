@@ -6,8 +6,8 @@ import threading
 import unittest
 from typing import Any
 
-from engine_state import parse_datagram
-from state_store import Batch, EngineView, ReceivedState, StateStore
+from engine_state import parse_datagram, recognise_usual
+from state_store import Batch, EngineView, Received, StateStore
 from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, datagram
 
 STALE_MS = 2000
@@ -16,6 +16,8 @@ WALL_S = 1_755_532_567.5
 
 
 class StoreCase(unittest.TestCase):
+    recognise = False  # every test here runs twice: see the end of this file
+
     def setUp(self) -> None:
         self.clock = FakeClock()
         self.store = self.make_store()
@@ -23,10 +25,16 @@ class StoreCase(unittest.TestCase):
     def make_store(self, *, max_engines: int = 1000, history: int = 100) -> StateStore:
         return StateStore(STALE_MS, EXPIRE_MS, max_engines, history, clock=self.clock)
 
+    def received(self, one: bytes) -> Received:
+        """A valid datagram as the listener hands it on: as what it was recognised to be, or parsed."""
+        usual = recognise_usual(one) if self.recognise else None
+        if usual is not None:
+            return one, usual.groups(), "10.0.0.1:5000"
+        return parse_datagram(one), None, "10.0.0.1:5000"
+
     def send(self, store: StateStore | None = None, **changes: Any) -> str:
         """Take one datagram now; returns its outcome."""
-        state = ReceivedState(parse_datagram(datagram(**changes)), "10.0.0.1:5000")
-        batch = Batch(self.clock(), WALL_S + self.clock(), [state])
+        batch = Batch(self.clock(), WALL_S + self.clock(), [self.received(datagram(**changes))])
         (outcome,) = (store or self.store).take(batch)
         return outcome
 
@@ -361,9 +369,7 @@ class Counters(StoreCase):
     """Every datagram is counted once, and the sum is right at every moment that a reader can see."""
 
     def test_the_counters_add_up_at_every_moment_under_load(self) -> None:
-        states = [
-            ReceivedState(parse_datagram(datagram(engine_id=f"e{n % 7}", timestamp_ms=n)), "s") for n in range(50)
-        ]
+        states = [self.received(datagram(engine_id=f"e{n % 7}", timestamp_ms=n)) for n in range(50)]
         done = threading.Event()
         wrong: list[object] = []
 
@@ -402,6 +408,35 @@ class Counters(StoreCase):
             self.assertEqual(self.send(**json.loads(line)["state"]), "accepted")
             self.clock.move(0.2)
         self.assertEqual(self.store.tally().accepted, 295)
+
+
+class Mixed(StoreCase):
+    """A usual datagram and a parsed one are the same state."""
+
+    recognise = True
+
+    def test_the_same_state_written_in_another_way_is_a_duplicate(self) -> None:
+        self.assertEqual(self.send(latency_pred_ms=100.0), "accepted")
+        for one in (
+            datagram().replace(b" ", b""),
+            datagram().replace(b"100.0", b"100.00"),
+            datagram().replace(b"100.0", b"1e2"),
+            datagram(newer=True),
+            datagram(),
+        ):
+            with self.subTest(one):
+                batch = Batch(self.clock(), WALL_S, [self.received(one)])
+                self.assertEqual(self.store.take(batch), ["duplicate"])
+
+    def test_what_a_reader_sees_is_the_parsed_state(self) -> None:
+        self.send(latency_pred_ms=16.11793779048644)
+        self.assertIsInstance(self.view().shown[0], bytes)
+        self.assertEqual(self.view().state, parse_datagram(datagram(latency_pred_ms=16.11793779048644)))
+
+
+for _case in (Accepted, Duplicates, OrderAndRestarts, HeartbeatRule, Capacity, Life, History, Counters):
+    _name = f"{_case.__name__}OfUsualDatagrams"
+    globals()[_name] = type(_name, (_case,), {"recognise": True, "__doc__": _case.__doc__, "__module__": __name__})
 
 
 if __name__ == "__main__":
