@@ -104,14 +104,15 @@ def _boolean(text: str) -> bool:
 
 def _address(text: str) -> str:
     try:
-        return str(ipaddress.ip_address(text))
+        address = ipaddress.ip_address(text)
     except ValueError:
         raise _Refused from None
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _path(text: str) -> str:
-    if not text or "\0" in text:
-        raise _Refused
+    if not text or "\0" in text or not text.isprintable():
+        raise _Refused  # what cannot be printed cannot be told in the log either
     return text
 
 
@@ -167,7 +168,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("ENABLE_LOG", "enable_log", "true",
             "true or false (also 1/0, yes/no, on/off)", "write the state log", _boolean),
     Setting("LOG_FILE", "log_file", "engine_states.jsonl",
-            "a path", "path of the state log; missing folders are made", _path),
+            "a path of printable characters", "path of the state log; missing folders are made", _path),
     Setting("EXPIRE_AFTER", "expire_after_ms", "(3 x STALE_THRESHOLD)",
             f"a whole number of milliseconds from STALE_THRESHOLD to {7 * _DAY_MS}",
             "ms of silence after which an engine is removed", _whole_number(1, 7 * _DAY_MS)),
@@ -211,8 +212,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
             values[setting.field] = setting.parse(text)
         except _Refused:
             errors.append(_refusal(setting, text))
-    if not errors:
-        errors = _fill_computed_defaults(values, environ)
+    errors += _fill_computed_defaults(values, environ)
     if errors:
         raise ConfigError(errors)
     return Config(**values)  # type: ignore[arg-type]
@@ -226,21 +226,20 @@ def _refusal(setting: Setting, text: str) -> str:
 
 
 def _fill_computed_defaults(values: dict[str, object], environ: Mapping[str, str]) -> list[str]:
-    """Fill in what depends on another setting; returns the errors between settings."""
-    stale_ms = values["stale_threshold_ms"]
-    assert isinstance(stale_ms, int)
-    if values["expire_after_ms"] is None:
-        values["expire_after_ms"] = 3 * stale_ms
+    """Fill in what depends on another setting; returns the errors between settings. Refused values are missing."""
     values["http_follows_udp"] = PREFIX + "HTTP_PORT" not in environ
     if values["http_follows_udp"]:
-        values["http_port"] = values["udp_port"]
-    values["allowed_sources"] = values["allowed_sources"] or ()
-    expire_ms = values["expire_after_ms"]
-    assert isinstance(expire_ms, int)
-    if expire_ms < stale_ms:
+        values["http_port"] = values.get("udp_port")
+    values["allowed_sources"] = values.get("allowed_sources") or ()
+    stale_ms, expire_ms = values.get("stale_threshold_ms"), values.get("expire_after_ms")
+    if not isinstance(stale_ms, int):
+        return []
+    if PREFIX + "EXPIRE_AFTER" not in environ:
+        values["expire_after_ms"] = 3 * stale_ms
+    elif isinstance(expire_ms, int) and expire_ms < stale_ms:
         return [
-            f"{PREFIX}EXPIRE_AFTER='{expire_ms}' cannot be used: accepted is {PREFIX}STALE_THRESHOLD"
-            f" ({stale_ms}) or more, for an engine is stale before it is removed"
+            f"{PREFIX}EXPIRE_AFTER={environ[PREFIX + 'EXPIRE_AFTER']!r} cannot be used: accepted is"
+            f" {PREFIX}STALE_THRESHOLD ({stale_ms}) or more, for an engine is stale before it is removed"
         ]
     return []
 

@@ -29,10 +29,10 @@ class OncePerMinute:
         self._count = 0
         self._examples: list[str] = []
 
-    def add(self) -> bool:
-        """Count one occurrence; returns whether an example of it is wanted, which only the first few are."""
-        self._count += 1
-        return self._count <= EXAMPLES
+    def add(self, count: int = 1) -> bool:
+        """Count occurrences; returns whether an example is wanted, which only the first few are."""
+        self._count += count
+        return len(self._examples) < EXAMPLES
 
     def example(self, text: str) -> None:
         """Keep the example that `add` wanted."""
@@ -42,7 +42,7 @@ class OncePerMinute:
         """What to say now, as `count=..., such as ...`, or None where there is nothing or it is too early."""
         if not self._count or self._clock() < self._quiet_until:
             return None
-        said = f"count={self._count}, such as {'; '.join(self._examples)}"
+        said = f"count={self._count}" + (f", such as {'; '.join(self._examples)}" if self._examples else "")
         self._quiet_until = self._clock() + PERIOD_S
         self._count = 0
         self._examples = []
@@ -55,7 +55,7 @@ class _QueueingHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: queue.Queue[bytes | None] = queue.Queue(QUEUED_LINES)
-        self.dropped = 0  # guarded by the lock that logging.Handler holds around emit
+        self.dropped = 0  # counted by whoever logs and by the writer: one may be missed, none is invented
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -104,7 +104,7 @@ class EngineState:
     def json_fields(self) -> str:
         """The eight fields as the inside of a JSON object, without its braces.
 
-        Written by hand because json.dumps takes 7 microseconds where this takes 1.6; every number here is finite.
+        Written by hand because json.dumps takes twice as long; every number here is finite.
         """
         return (
             f'"engine_id": {quote_json(self.engine_id)}, "timestamp_ms": {self.timestamp_ms}, '
@@ -129,8 +129,6 @@ _USUAL = re.compile(
     rb'"kv_cache_total_blocks": (-1|0|[1-9][0-9]{0,14}), "engine_capacity": ([1-9][0-9]{0,14}\.[0-9]{1,17})\}'
 )
 recognise_usual = _USUAL.fullmatch
-
-USUAL_MODES = {mode.encode(): mode for mode in _KNOWN_MODES}
 
 HeldState = EngineState | bytes  # bytes: a usual datagram, which becomes an EngineState only when somebody reads it
 
@@ -257,7 +255,8 @@ def _missing_or_wrong_type(value: object, field: str) -> InvalidDatagram:
     return InvalidDatagram(MISSING_FIELD if value is _MISSING else WRONG_TYPE, field)
 
 
-_BRACKETS_AND_STRINGS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
+# A string that never ends goes to the end of the text: looked for again at each of its quotes, it took 0.2 s.
+_BRACKETS_AND_STRINGS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 def _nesting(text: str) -> int:

@@ -14,6 +14,13 @@ if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(_TOO_OLD)
     raise RuntimeError(_TOO_OLD)
 
+import signal
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+if __name__ == "__main__":
+    # Before the slow imports: one that comes during the start is kept until the daemon can stop in order.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
 import argparse
 import atexit
 import contextlib
@@ -24,7 +31,6 @@ import os
 import queue
 import secrets
 import select
-import signal
 import socket
 import threading
 import time
@@ -46,8 +52,8 @@ from config import (
 from daemon_log import DaemonLog
 from engine_state import EngineState
 from http_server import HttpServer
-from query import Query, entry
 from state_log import LogCounters, StateLog
+from state_query import Query, entry
 from state_store import Reaper, StateStore
 from udp_listener import UdpListener, format_address, granted_receive_buffer, listen_address, open_sockets
 
@@ -56,6 +62,7 @@ VERSION = "1.0.0"
 STUCK_AFTER_S = 10.0
 LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
 HTTP_BACKLOG = 512
+BIND_PATIENCE_S = 0.5
 PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
 
 logger = logging.getLogger("elrar.gateway")
@@ -68,7 +75,7 @@ class StartError(Exception):
 class _Part:
     """A component and its thread."""
 
-    def __init__(self, name: str, component: Any, on_end: Callable[[str], None], stuck_after_s: float) -> None:
+    def __init__(self, name: str, component: Any, on_end: Callable[[str, bool], None], stuck_after_s: float) -> None:
         self.name = name
         self.component = component
         self._on_end = on_end
@@ -76,11 +83,13 @@ class _Part:
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def _run(self) -> None:
+        failed = False
         try:
             self.component.run()
         except BaseException:
+            failed = True
             logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
-        self._on_end(self.name)
+        self._on_end(self.name, failed)
 
     def moves(self, now: float) -> bool:
         """Whether the thread is alive and has lately got round to its loop."""
@@ -144,17 +153,23 @@ class StateGateway:
             logger.warning(
                 "broadcast mode listens on all interfaces, %sBIND_ADDRESS=%s is not used", PREFIX, config.bind_address
             )
-        http_socket = None
         try:
-            http_socket = self._bind_ports()
-            self._listen_report()
-            if config.enable_log:
-                self._open_log()
-        except BaseException:
-            for sock in (*self._sockets, http_socket):
-                if sock is not None:
-                    sock.close()
-            raise
+            with contextlib.ExitStack() as opened:
+                self._open(opened)
+                opened.pop_all()
+        except OSError as error:
+            raise StartError(f"cannot start: {error}") from error
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        config = self.config
+        http_socket = self._bind_ports_patiently()
+        for sock in (*self._sockets, *([http_socket] if http_socket else ())):
+            opened.callback(sock.close)
+        self._report_receive_buffer()
+        self._log_path = os.path.abspath(config.log_file)  # now, since the working folder may go away or change
+        if config.enable_log:
+            self._log = self._open_log()
+            opened.callback(self._log.abandon)
         self._listener = UdpListener(
             self._sockets,
             self._store,
@@ -163,16 +178,32 @@ class StateGateway:
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
+        opened.callback(self._listener.abandon)
         reaper = Reaper(self._store, config.expire_after_ms, clock=self._clock)
-        self._listener_part = _Part("udp-listener", self._listener, self._thread_ended, STUCK_AFTER_S)
-        self._parts = [self._listener_part, _Part("reaper", reaper, self._thread_ended, STUCK_AFTER_S)]
+        parts = [
+            _Part("udp-listener", self._listener, self._thread_ended, STUCK_AFTER_S),
+            _Part("reaper", reaper, self._thread_ended, STUCK_AFTER_S),
+        ]
         if self._log is not None:
-            self._parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
+            parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
         if http_socket is not None:
             self._http = HttpServer(
                 http_socket, Query(self._store, self).answer, clock=self._clock, wall_clock=self._wall_clock
             )
-            self._parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
+            parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
+        self._parts = parts
+
+    def _bind_ports_patiently(self) -> socket.socket | None:
+        """Bind the ports, and give a gateway that is just stopping half a second to let go of them."""
+        deadline = time.monotonic() + BIND_PATIENCE_S
+        while True:
+            try:
+                return self._bind_ports()
+            except StartError as error:
+                in_use = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
+                if not in_use or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def _bind_ports(self) -> socket.socket | None:
         """Bind the UDP sockets and return the HTTP one, where it is wanted."""
@@ -199,7 +230,7 @@ class StateGateway:
                 return http_socket
         raise AssertionError  # the last try returns or raises
 
-    def _listen_report(self) -> None:
+    def _report_receive_buffer(self) -> None:
         granted = granted_receive_buffer(self._sockets[0])
         if granted < self.config.receive_buffer:
             logger.warning(
@@ -212,10 +243,10 @@ class StateGateway:
             )
         self._receive_buffer_bytes = granted
 
-    def _open_log(self) -> None:
+    def _open_log(self) -> StateLog:
         config = self.config
         log = StateLog(
-            os.path.abspath(config.log_file),
+            self._log_path,
             config.log_max_bytes,
             config.log_backups,
             clock=self._clock,
@@ -225,19 +256,23 @@ class StateGateway:
             log.open("gateway_started", self.describe(), **self._identity())
         except OSError as error:
             raise StartError(_cannot_log(log.path, error)) from error
-        self._log = log
+        return log
 
     def start(self) -> None:
         """Start every thread; everything is open by now."""
         self._ready = True  # first, because a thread that dies at once takes it back
-        for part in self._parts:
-            part.thread.start()
+        try:
+            for part in self._parts:
+                part.thread.start()
+        except BaseException:
+            self.shutdown()
+            raise
 
     def describe(self) -> str:
         """The network mode, and what was really bound."""
         udp = [format_address(*sock.getsockname()[:2]) for sock in self._sockets]
         http_at = "off" if self.http_port is None else f"http://{format_address(self.address, self.http_port)}"
-        log = os.path.abspath(self.config.log_file) if self.config.enable_log else "off"
+        log = self._log_path if self.config.enable_log else "off"
         return f"network mode: {self.config.network_mode}, UDP {' and '.join(udp)}, HTTP {http_at}, state log {log}"
 
     def reopen_log(self) -> None:
@@ -245,15 +280,21 @@ class StateGateway:
         if self._log is not None:
             self._log.reopen()
 
-    def _thread_ended(self, name: str) -> None:
+    def _thread_ended(self, name: str, failed: bool) -> None:
+        if failed or not self._stopping:
+            self._died_of = name
         if self._stopping:
             return
-        self._died_of = name
         self._ready = False
         if self._on_death is not None:
             self._on_death(name)
         else:
             threading.Thread(target=self.shutdown, name="gateway-shutdown", daemon=True).start()
+
+    @property
+    def died_of(self) -> str | None:
+        """The name of the thread that died, if one has."""
+        return self._died_of
 
     def shutdown(self) -> None:
         """Stop: intake first, then the log once it has everything, then the answers. Within 5 s; twice is harmless."""
@@ -264,23 +305,36 @@ class StateGateway:
                 return
             self._ready = False
             self._stopping = True
-            stop_timeouts_s = {"udp-listener": 1.5, "reaper": 0.3, "state-log": 2.0, "query-server": 0.8}
+            if self._http is not None:
+                self._http.refuse_new()  # the next gateway may have the port at once
+            # The answers' 0.8 s are kept for the end; a slow disk has all that the others leave of the rest.
+            log_deadline = time.monotonic() + 3.8
             for part in self._parts:
-                ended = part.stop(stop_timeouts_s[part.name])
+                timeout_s = {"udp-listener": 1.5, "reaper": 0.3, "query-server": 0.8}.get(part.name)
+                ended = part.stop(max(0.1, log_deadline - time.monotonic()) if timeout_s is None else timeout_s)
                 if not ended:
                     logger.error("gave up waiting for a thread thread=%s", part.name)
-                elif part.component is self._log:
-                    self._close_log(self._log)
-                elif part.component is not self._log and hasattr(part.component, "close"):
+                if part.component is self._log:
+                    self._end_log(self._log, ended)
+                elif ended and part.name != "reaper":
                     part.component.close()
             self._is_shut_down = True
 
-    def _close_log(self, log: StateLog) -> None:
-        stats = self.get_stats()
-        stopped = {name: stats[name] for name in _FINAL_COUNTERS}
-        given_up = log.close("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
+    def _end_log(self, log: StateLog, ended: bool) -> None:
+        if ended:
+            stats = self.get_stats()
+            stopped = {name: stats[name] for name in _FINAL_COUNTERS}
+            given_up = log.close("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
+        else:
+            given_up = log.give_up()  # its disk hangs
         if given_up:
             logger.error("gave up on states that could not be written states=%d file=%s", given_up, log.path)
+
+    def abandon(self) -> None:
+        """Close the descriptors that a forked child has of its parent's gateway; takes no lock, writes nothing."""
+        for part in self._parts:
+            if part.name != "reaper":
+                part.component.abandon()
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -292,38 +346,43 @@ class StateGateway:
     def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
         """The eight fields of every known engine, live or stale, by engine_id; the caller may change it in place.
 
-        Raises RuntimeError where a thread of the gateway died: an old table must not pass for the present one.
+        Raises RuntimeError where the gateway was shut down, where one of its threads died, and in a forked child.
         """
-        self._refuse_if_dead()
+        self._refuse_if_gone()
         return {view.engine_id: view.state.as_dict() for view in self._store.views()}
 
     def get_engine_snapshot(self) -> dict[str, dict[str, Any]]:
         """As `get_engine_states_dict`, with what /engines says of freshness too: status, age_ms, heartbeat, ..."""
-        self._refuse_if_dead()
+        self._refuse_if_gone()
         return {view.engine_id: entry(view) for view in self._store.views()}
 
     def get_engine_state(self, engine_id: str) -> EngineState | None:
         """The state of one engine, live or stale, or None where it is not known; raises RuntimeError as above."""
-        self._refuse_if_dead()
+        self._refuse_if_gone()
         view = self._store.view(engine_id)
         return None if view is None else EngineState(**view.state.as_dict())
 
     def get_active_engines_count(self) -> int:
         """How many engines are live; raises RuntimeError as above."""
-        self._refuse_if_dead()
+        self._refuse_if_gone()
         return self._store.counts()[0]
 
     def get_total_engines_count(self) -> int:
         """How many engines are known, live or stale; raises RuntimeError as above."""
-        self._refuse_if_dead()
+        self._refuse_if_gone()
         return self._store.counts()[1]
 
-    def _refuse_if_dead(self) -> None:
+    def _refuse_if_gone(self) -> None:
+        """Raise where no new state can come any more: an old table must not pass for the present one."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("this is the state gateway of the parent process; read it over HTTP, at /engines")
         if self._died_of is not None:
             raise RuntimeError(f"the state gateway has stopped: its thread {self._died_of} died, see the log")
+        if self._stopping:
+            raise RuntimeError("the state gateway was shut down")
 
     def get_stats(self) -> dict[str, Any]:
-        """The document of /stats; the counters of datagrams are of one moment and add up."""
+        """The document of /stats; the counters of datagrams are of one moment and add up. Also after `shutdown`."""
         tally = self._store.tally()
         live, total = self._store.counts()
         log = LogCounters() if self._log is None else self._log.counters()
@@ -350,7 +409,7 @@ class StateGateway:
             "kernel_dropped": self._listener.kernel_dropped(),
             "log": {
                 "enabled": self.config.enable_log,
-                "file": os.path.abspath(self.config.log_file),
+                "file": self._log_path,
                 "written": log.written,
                 "dropped": log.dropped,
                 "errors": log.errors,
@@ -473,19 +532,27 @@ def get_state_gateway() -> StateGateway:
                 logger.warning("%s", line)
             gateway.open()
             gateway.start()
-            atexit.register(gateway.shutdown)
             logger.info("ready: %s", gateway.describe())
             _process_gateway = gateway
         return _process_gateway
 
 
-def _forget_gateway_of_parent() -> None:
+def _shut_down_gateway_of_process() -> None:
+    if _process_gateway is not None:
+        _process_gateway.shutdown()
+
+
+def _abandon_gateway_of_parent() -> None:
+    """In a forked child: its threads are not here, and its sockets must not stay open here when it closes them."""
     global _process_gateway, _process_lock
-    _process_lock = threading.Lock()
-    _process_gateway = None  # its threads are not in this process
+    _process_lock = threading.Lock()  # the parent's may be held by a thread that is not here
+    if _process_gateway is not None:
+        _process_gateway.abandon()
+        _process_gateway = None
 
 
-os.register_at_fork(after_in_child=_forget_gateway_of_parent)
+atexit.register(_shut_down_gateway_of_process)
+os.register_at_fork(after_in_child=_abandon_gateway_of_parent)
 
 
 # -- the daemon --------------------------------------------------------------------------------------------------------
@@ -499,12 +566,11 @@ def main(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         for line in error.errors:
             _complain(line)
-        return 2
+        return 1 if options.health_check else 2  # 2 means something else to what asks for health
     if options.check_config:
         for line in unknown_variables(os.environ):
             _complain(line)
-        print(effective_settings(config, os.environ))  # noqa: T201 - this is what it was asked for
-        return 0
+        return _print(effective_settings(config, os.environ))
     if options.health_check:
         return _health_check(config)
     return _run_daemon(config)
@@ -523,8 +589,9 @@ class _Exits:
         self._writer.setblocking(False)
         self._dead: queue.SimpleQueue[str] = queue.SimpleQueue()
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _SIGNALS:
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def thread_died(self, name: str) -> None:
         """Wake the main thread; from any other."""
@@ -564,12 +631,15 @@ def _run_daemon(config: Config) -> int:
             return 1
         gateway.start()
         logger.info("ready: %s", gateway.describe())
-        reasons = _wait_for_exit(gateway, exits)
-        logger.info("stopping reason=%s", " and ".join(sorted(reasons)))
-        gateway.shutdown()
+        try:
+            reasons = _wait_for_exit(gateway, exits)
+            logger.info("stopping reason=%s", " and ".join(sorted(reasons)))
+        finally:
+            gateway.shutdown()
         logger.info("stopped %s", _summary(gateway.get_stats()))
-        return 0 if reasons <= {"SIGTERM", "SIGINT"} else 1
+        return 0 if gateway.died_of is None else 1
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # one that comes now must not change the exit status
         daemon_log.close()
         exits.close()
 
@@ -578,7 +648,6 @@ def _wait_for_exit(gateway: StateGateway, exits: _Exits) -> set[str]:
     """Wait for reasons to exit, with a line of statistics now and then."""
     interval_s = gateway.config.stats_interval_s
     summary_at = time.monotonic() + interval_s
-    dropped_before = 0
     while True:
         reasons = exits.wait(max(0.0, summary_at - time.monotonic()) if interval_s else None)
         if "SIGHUP" in reasons:
@@ -589,13 +658,7 @@ def _wait_for_exit(gateway: StateGateway, exits: _Exits) -> set[str]:
         if not interval_s or time.monotonic() < summary_at:
             continue
         summary_at += interval_s
-        stats = gateway.get_stats()
-        logger.info("summary %s", _summary(stats))
-        dropped = stats["kernel_dropped"] or 0
-        if dropped > dropped_before:
-            count = dropped - dropped_before
-            logger.warning("the kernel dropped datagrams count=%d, its receive buffer being full", count)
-        dropped_before = dropped
+        logger.info("summary %s", _summary(gateway.get_stats()))
 
 
 def _summary(stats: dict[str, Any]) -> str:
@@ -646,12 +709,21 @@ def _health_check(config: Config) -> int:
         return 1
     finally:
         connection.close()
-    print(answer)  # noqa: T201 - this is what it was asked for
-    return 0 if response.status == 200 else 1
+    return _print(answer) if response.status == 200 else 1
+
+
+def _print(text: str) -> int:
+    """Print what was asked for; returns the exit status, which is 1 where nobody can read it."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except (OSError, AttributeError):
+        return 1
+    return 0
 
 
 def _complain(line: str) -> None:
-    print(line, file=sys.stderr)  # noqa: T201 - before there is a log
+    with contextlib.suppress(OSError, AttributeError):  # stderr may be full or closed
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - before there is a log
 
 
 def _occupy_standard_descriptors() -> None:

@@ -14,12 +14,13 @@ import resource
 import selectors
 import socket
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from daemon_log import OncePerMinute
-from query import Answer, QueryError, error_answer
+from state_query import Answer, QueryError, error_answer
 
 logger = logging.getLogger("elrar.http")
 
@@ -34,10 +35,12 @@ RESPONSE_DEADLINE_S = 30.0  # from the answer to the last byte that the reader t
 IDLE_DEADLINE_S = 75.0  # between two requests on a connection; more than Prometheus' usual minute
 LINGER_S = 1.0  # for a refused request's bytes, so that the reader sees the answer and no reset
 TICK_S = 0.2
-PAUSED_AFTER_S = 2.0  # a turn that takes ten ticks
+TURN_S = 0.05  # of answering, before it is looked who else has come
+PAUSED_AFTER_S = 2.0  # a wait for a tick that takes ten
 REQUESTS_A_TURN = 16  # of one connection that pipelines, before the others have their turn
 
 HEALTH_PATHS = ("/livez", "/health", "/readyz")
+_HEALTH_REQUESTS = tuple(f"{method} {path}".encode() for method in ("GET", "HEAD") for path in HEALTH_PATHS)
 
 REASON_PHRASES = {
     200: "OK",
@@ -138,13 +141,14 @@ _IDLE, _READING, _WRITING, _LINGERING = range(4)
 
 
 class _Connection:
-    __slots__ = ("deadline", "keep_alive", "phase", "received", "reserve", "sock", "unsent", "unsent_bytes")
+    __slots__ = ("deadline", "keep_alive", "phase", "queued", "received", "reserve", "sock", "unsent", "unsent_bytes")
 
     def __init__(self, sock: socket.socket, deadline: float, reserve: bool) -> None:
         self.sock = sock
         self.deadline = deadline
         self.reserve = reserve  # beyond MAX_CONNECTIONS
         self.phase = _READING
+        self.queued = False  # waits for its turn to be answered
         self.keep_alive = True
         self.received = bytearray()
         self.unsent: list[memoryview] = []
@@ -178,17 +182,18 @@ class HttpServer:
         self._accepting = True
         self._accept_again_at = 0.0
         self._connections: set[_Connection] = set()
-        self._pipelined: deque[_Connection] = deque()
+        self._queue: deque[_Connection] = deque()  # have asked something, and wait for their turn
         self._unsent_bytes = 0
         self._look_at_deadlines_at = 0.0
-        self._stopping = False
+        self._refusing = self._stopping = False
         self._notice = OncePerMinute(clock)
+        self._bugs = OncePerMinute(clock)
         self._date = (0, b"")
         # Written by this thread only; readers may be a request behind.
         self.requests = 0
         self.rejected_connections = 0
         self.moved_at = clock()
-        self.resumed_at = float("-inf")  # monotonic; when the last turn came much too late: the process was paused
+        self.resumed_at = float("-inf")  # monotonic; when a wait was much too long: the process was paused
 
     @property
     def connections(self) -> int:
@@ -199,7 +204,7 @@ class HttpServer:
         """Answer until `stop` is called, then finish the answers that were begun, for half a second at most."""
         while not self._stopping:
             self.step(TICK_S)
-        self._stop_accepting()
+        self._stop_listening()
         deadline = self._clock() + 0.5
         for connection in list(self._connections):
             if connection.phase != _WRITING:
@@ -207,9 +212,17 @@ class HttpServer:
         while self._connections and self._clock() < deadline:
             self.step(0.05)
 
+    def refuse_new(self) -> None:
+        """Let go of the port, and go on answering those who are connected; from any thread, twice is harmless."""
+        self._refusing = True
+        self._wake()
+
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""
         self._stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
         try:
             self._wake_writer.send(b"x")
         except OSError:
@@ -219,8 +232,12 @@ class HttpServer:
         """Close every socket; only after `run` has returned."""
         for connection in list(self._connections):
             self._close(connection)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the descriptors and nothing else: in a forked child, where the connections are its parent's."""
         self._selector.close()
-        for sock in (self._listener, self._wake_reader, self._wake_writer):
+        for sock in (*(c.sock for c in self._connections), self._listener, self._wake_reader, self._wake_writer):
             sock.close()
 
     def step(self, wait_s: float) -> None:
@@ -230,27 +247,34 @@ class HttpServer:
                 self._accept()
             elif key.fileobj is self._wake_reader:
                 self._wake_reader.recv(16)
+                if self._refusing:
+                    self._stop_listening()
             elif key.data in self._connections:  # it may have been closed to make room, in this very turn
                 self._ready(key.data)
-        for _ in range(len(self._pipelined)):
-            connection = self._pipelined.popleft()
+        turn_ends_at = self._clock() + TURN_S
+        for _ in range(len(self._queue)):
+            connection = self._queue.popleft()
+            connection.queued = False
             if connection in self._connections:
                 self._serve(connection)
+            if self._clock() > turn_ends_at:
+                break  # see first who else has come, and whether somebody asks for health
         now = self._clock()
         if now >= self._look_at_deadlines_at:
             self._look_at_deadlines_at = now + TICK_S
             for connection in [c for c in self._connections if c.deadline <= now]:
                 self._overdue(connection)
-            if not self._accepting and not self._stopping and now >= self._accept_again_at:
+            self._say()
+            if not self._accepting and not self._refusing and not self._stopping and now >= self._accept_again_at:
                 self._selector.register(self._listener, selectors.EVENT_READ)
                 self._accepting = True
 
     def _wait(self, wait_s: float) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = self._selector.select(0 if self._pipelined else wait_s)
-        now = self._clock()
-        if now - self.moved_at > PAUSED_AFTER_S:
-            self.resumed_at = now
-        self.moved_at = now
+        asked_at = self._clock()
+        ready = self._selector.select(0 if self._queue else wait_s)
+        self.moved_at = self._clock()
+        if self.moved_at - asked_at > PAUSED_AFTER_S:
+            self.resumed_at = self.moved_at
         return ready
 
     def _overdue(self, connection: _Connection) -> None:
@@ -262,9 +286,16 @@ class HttpServer:
         self.rejected_connections += 1
         if self._notice.add():
             self._notice.example(why)
-        said = self._notice.due()
-        if said is not None:
-            logger.warning("turned away or cut off connections %s", said)
+        self._say()
+
+    def _say(self) -> None:
+        for level, what, notice in (
+            (logging.WARNING, "turned away or cut off connections", self._notice),
+            (logging.ERROR, "could not answer requests", self._bugs),
+        ):
+            said = notice.due()
+            if said is not None:
+                logger.log(level, "%s %s", what, said)
 
     def _accept(self) -> None:
         for _ in range(64):
@@ -298,6 +329,11 @@ class HttpServer:
             self._accepting = False
         self._accept_again_at = self._clock() + TICK_S
 
+    def _stop_listening(self) -> None:
+        self._refusing = True
+        self._stop_accepting()
+        self._listener.close()
+
     def _make_room(self, *, reserve: bool) -> bool:
         """Close a connection that waits for its reader to ask something; False where none can be spared.
 
@@ -320,7 +356,7 @@ class HttpServer:
             if connection.phase == _WRITING:
                 self._send(connection)
                 if connection.phase == _READING:
-                    self._pipelined.append(connection)
+                    self._enqueue(connection)
                 return
             if len(connection.received) > 2 * MAX_HEAD_BYTES:
                 return  # it pipelines faster than it is answered: its turn comes before more is read
@@ -337,7 +373,10 @@ class HttpServer:
                 connection.phase = _READING
                 connection.deadline = self._clock() + REQUEST_DEADLINE_S
             connection.received += data
-            self._serve(connection)
+            if connection.received.startswith(_HEALTH_REQUESTS):
+                self._serve(connection)
+            else:
+                self._enqueue(connection)
 
     def _peer_is_done(self, connection: _Connection) -> None:
         """The reader sends no more: answer the whole requests that it has sent, then close."""
@@ -365,7 +404,12 @@ class HttpServer:
                 return
             self._respond(connection, request, self._answer(connection, request))
         if connection.received and connection in self._connections:
-            self._pipelined.append(connection)
+            self._enqueue(connection)
+
+    def _enqueue(self, connection: _Connection) -> None:
+        if not connection.queued:
+            connection.queued = True
+            self._queue.append(connection)
 
     def _answer(self, connection: _Connection, request: Request) -> Answer:
         if request.method not in ("GET", "HEAD"):
@@ -374,15 +418,17 @@ class HttpServer:
             if connection.reserve:
                 self._reject("too many connections")
                 return error_answer(503, f"more than {self._max_connections} connections")
-            if self._unsent_bytes > MAX_UNSENT_BYTES:
-                self._reject("too many answers wait for slow readers")
-                return error_answer(503, "too many answers wait for slow readers")
+            while self._unsent_bytes > MAX_UNSENT_BYTES:
+                self._reject("too many answers wait for slow readers, the slowest was cut off")
+                self._close(min((c for c in self._connections if c.unsent), key=lambda c: c.deadline))
         try:
             return self._answer_target(request.target)
         except QueryError as error:
             return error_answer(error.status, str(error))
         except Exception:
-            logger.exception("could not answer target=%r", request.target)
+            if self._bugs.add():
+                self._bugs.example(f"target={request.target!r}\n{traceback.format_exc()}")
+            self._say()
             return error_answer(500, "this question met an error in the gateway, which is in its log")
 
     def _respond(self, connection: _Connection, request: Request, answer: Answer) -> None:

@@ -6,15 +6,15 @@ The store decides the outcome of a datagram and counts it. It never waits for th
 from __future__ import annotations
 
 import logging
-import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from daemon_log import OncePerMinute
-from engine_state import REASONS, USUAL_MODES, EngineState, HeldState, as_state
+from engine_state import REASONS, EngineState, HeldState, as_state
 
 logger = logging.getLogger("elrar.store")
 
@@ -123,75 +123,60 @@ class PastState(NamedTuple):
     received_ms: int
 
 
-MODES_IN_A_HISTORY = 8  # names of scheduling modes; who invents more of them loses what is older, and no memory
+HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
+_ROW_OVERHEAD = 48  # bytes of memory of a row besides its text
 
 
 class _History:
-    """The latest states of one engine, packed: 64 bytes a state where an EngineState takes 470.
+    """The latest states of one engine, each a line of text: 130 bytes where an EngineState takes 340.
 
-    Every number in a state is at most 2^53, so a double holds it exactly. Guarded by the store's lock.
+    The text is made from what the engine sent, because turning it into numbers takes six times as long, and only a
+    reader needs them. Guarded by the store's lock.
     """
 
-    __slots__ = ("_modes", "_next", "_rows", "_size")
-    _ROW = struct.Struct("=8d")
-    _pack = _ROW.pack
+    __slots__ = ("rows", "size")
 
-    def __init__(self, size: int) -> None:
-        self._size = size * self._ROW.size
-        self._rows = bytearray()
-        self._modes: list[str] = []  # a row has the index of its mode
-        self._next = 0  # where the oldest row is overwritten, once there are as many as are kept
+    def __init__(self, length: int) -> None:
+        self.rows: deque[bytes] = deque(maxlen=length)
+        self.size = 0  # bytes of memory of all rows
 
-    def add(
-        self,
-        received_s: float,
-        timestamp: int,
-        latency: float,
-        mode: str,
-        pending: int,
-        free: int,
-        total: int,
-        capacity: float,
-    ) -> None:
-        if not self._size:
-            return
-        modes = self._modes
-        if mode not in modes:
-            if len(modes) >= MODES_IN_A_HISTORY:
-                modes.clear()
-                self._rows.clear()
-                self._next = 0
-            modes.append(mode)
-        row = self._pack(received_s, timestamp, latency, modes.index(mode), pending, free, total, capacity)
-        if len(self._rows) < self._size:
-            self._rows += row
-        else:
-            start = self._next
-            self._rows[start : start + len(row)] = row
-            self._next = (start + len(row)) % self._size
+    def add(self, row: bytes) -> int:
+        """Add the newest state; returns by how many bytes the history has grown."""
+        rows = self.rows
+        grown = len(row) + _ROW_OVERHEAD
+        if len(rows) == rows.maxlen:
+            if not rows.maxlen:
+                return 0
+            grown -= len(rows[0]) + _ROW_OVERHEAD
+        rows.append(row)
+        self.size += grown
+        return grown
 
-    def copy(self) -> tuple[bytes, list[str], int]:
-        return bytes(self._rows), self._modes.copy(), self._next
+    def forget_oldest(self, count: int) -> int:
+        """Forget so many states, but not the newest; returns how many bytes that were."""
+        freed = 0
+        for _ in range(min(count, len(self.rows) - 1)):
+            freed += len(self.rows.popleft()) + _ROW_OVERHEAD
+        self.size -= freed
+        return freed
 
-    @classmethod
-    def unpack(cls, engine_id: str, rows: bytes, modes: list[str], oldest: int) -> list[PastState]:
-        """The states in a copy, oldest first; needs no lock."""
-        past = []
-        for received_s, timestamp, latency, mode, pending, free, total, capacity in cls._ROW.iter_unpack(
-            rows[oldest:] + rows[:oldest]
-        ):
-            state = EngineState(
-                engine_id,
-                int(timestamp),
-                latency,
-                modes[int(mode)],
-                int(pending),
-                int(free),
-                int(total),
-                capacity,
-            )
-            past.append(PastState(state, int(received_s * 1000)))
-        return past
+
+def _row(received_ms: bytes, state: EngineState) -> bytes:
+    """A line of history; its parts are apart by a character that no printable text has."""
+    values = state.values()
+    return b"\n".join((received_ms, *(str(value).encode() for value in values[1:])))
+
+
+def _past_state(engine_id: str, row: bytes) -> PastState:
+    received_ms, timestamp, latency, mode, pending, free, total, capacity = row.decode().split("\n")
+    state = EngineState(
+        engine_id, int(timestamp), _number(latency), mode, int(pending), int(free), int(total), _number(capacity)
+    )
+    return PastState(state, int(received_ms))
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)  # an int where the engine wrote one
 
 
 class _Engine:
@@ -239,6 +224,7 @@ class StateStore:
         # Guards all below, for the time of one batch or one copy. Nothing slow happens under it.
         self._lock = threading.Lock()
         self._engines: dict[str, _Engine] = {}
+        self._history_bytes = 0
         self._tally = Tally()
         self._drained_at = clock()
         self._appeared = OncePerMinute(clock)
@@ -248,6 +234,7 @@ class StateStore:
 
     def take(self, batch: Batch) -> list[str]:
         """Take what the listener received; returns the outcome of each of `batch.states`, in their order."""
+        received_ms = b"%d" % (batch.received_s * 1000)
         with self._lock:
             tally = self._tally
             tally.received += batch.size
@@ -255,16 +242,17 @@ class StateStore:
             tally.last_received_s = batch.received_s
             for reason in batch.invalid:
                 tally.invalid[reason] += 1
-            return [self._take_state(received, batch) for received in batch.states]
+            return [self._take_state(received, batch, received_ms) for received in batch.states]
 
-    def _take_state(self, received: Received, batch: Batch) -> str:
+    def _take_state(self, received: Received, batch: Batch, received_ms: bytes) -> str:
         held, fields, source = received
         now = batch.received_at
-        if fields is None:
+        if fields is not None:
+            encoded_id, encoded_timestamp, latency, mode, pending, free, total, capacity = fields
+            engine_id, timestamp, heartbeat = encoded_id.decode("ascii"), int(encoded_timestamp), False
+        else:
             state = as_state(held)
             engine_id, timestamp, heartbeat = state.engine_id, state.timestamp_ms, state.is_heartbeat
-        else:
-            engine_id, timestamp, heartbeat = fields[0].decode("ascii"), int(fields[1]), False
         engine = self._engines.get(engine_id)
         if engine is None:
             if len(self._engines) >= self._max_engines:
@@ -299,14 +287,13 @@ class StateStore:
         engine.last = held
         engine.last_ms = engine.newest_ms = timestamp
         engine.shown = (held, heartbeat, now, batch.received_s, source, timestamp)
-        if fields is None:
-            engine.history.add(batch.received_s, *state.values()[1:])
+        if fields is not None:
+            row = b"\n".join((received_ms, encoded_timestamp, latency, mode, pending, free, total, capacity))
         else:
-            _, _, latency, mode, pending, free, total, capacity = fields
-            engine.history.add(
-                batch.received_s, timestamp, float(latency), USUAL_MODES[mode], int(pending), int(free), int(total),
-                float(capacity),
-            )  # fmt: skip
+            row = _row(received_ms, state)
+        self._history_bytes += engine.history.add(row)
+        if self._history_bytes > HISTORY_BYTES:
+            self._history_bytes -= engine.history.forget_oldest(2)
         if heartbeat:
             self._tally.heartbeats += 1
             return HEARTBEAT
@@ -336,7 +323,9 @@ class StateStore:
             for engine_id, engine in silent:
                 silence_ms = _whole_ms(drained_at - engine.heard_at)
                 if silence_ms > self._expire_ms:
-                    del self._engines[engine_id]
+                    if self._engines.pop(engine_id, None) is None:
+                        continue  # by another sweep
+                    self._history_bytes -= engine.history.size
                     removed += 1
                     _count(self._removed, engine_id)
                 elif silence_ms > self._stale_ms and not engine.said_stale:
@@ -388,8 +377,8 @@ class StateStore:
             engine = self._engines.get(engine_id)
             if engine is None:
                 return None
-            packed = engine.history.copy()
-        return _History.unpack(engine_id, *packed)
+            rows = list(engine.history.rows)
+        return [_past_state(engine_id, row) for row in rows]
 
     def _view(self, engine_id: str, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.

@@ -137,8 +137,11 @@ class UdpListener:
             "invalid": OncePerMinute(clock),
             "from a source that is not in ALLOWED_SOURCES": OncePerMinute(clock),
             "from a new engine, with MAX_ENGINES known already": OncePerMinute(clock),
+            "by the kernel, its receive buffer being full": OncePerMinute(clock),
         }
-        self._invalid, self._source, self._capacity = self._notices.values()
+        self._invalid, self._source, self._capacity, self._by_kernel = self._notices.values()
+        self._say_at = clock()
+        self._drops_noted = 0
         self._drops_lock = threading.Lock()  # guards the two below, which any reader of the counter moves on
         self._drops_seen = dict.fromkeys(self._sockets, 0)
         self._drops = 0
@@ -151,6 +154,7 @@ class UdpListener:
         deadline = self._clock() + STOP_DRAIN_S
         while self.step(0) and self._clock() < deadline:
             pass
+        self._say()
 
     def step(self, wait_ms: int) -> int:
         """Wait for datagrams, for `wait_ms` at most, and take what waits then; returns how many it was.
@@ -166,6 +170,7 @@ class UdpListener:
             if receiver is None:
                 continue  # woken up to stop
             for _ in range(BATCHES_A_STEP):
+                self.moved_at = self._clock()
                 datagrams = receiver.receive()
                 if datagrams:
                     taken += len(datagrams)
@@ -175,6 +180,8 @@ class UdpListener:
             else:
                 emptied = False
         self._say_how_far(emptied, looked_at, taken)
+        if looked_at >= self._say_at:
+            self._say()
         return taken
 
     def _say_how_far(self, all_taken: bool, looked_at: float, taken: int) -> None:
@@ -219,7 +226,7 @@ class UdpListener:
                     if outcome is not DUPLICATE and outcome is not REJECTED_CAPACITY
                 ]
             self._log.append(batch.received_s, states)
-        self._say(batch, outcomes)
+        self._note(batch, outcomes)
 
     def _remember_source(self, address: bytes) -> str:
         """The sender as `<ip>:<port>`, or nothing where it is not in ALLOWED_SOURCES."""
@@ -230,21 +237,28 @@ class UdpListener:
         source = self._sources[address] = format_address(host, port) if allowed else ""
         return source
 
-    def _say(self, batch: Batch, outcomes: list[str]) -> None:
+    def _note(self, batch: Batch, outcomes: list[str]) -> None:
         if REJECTED_CAPACITY in outcomes:
             for (held, _, source), outcome in zip(batch.states, outcomes, strict=True):
                 if outcome is REJECTED_CAPACITY and self._capacity.add():
                     self._capacity.example(f"engine_id={as_state(held).engine_id!r} source={source}")
-        if batch.size > len(batch.states) or REJECTED_CAPACITY in outcomes:
-            for what, notice in self._notices.items():
-                said = notice.due()
-                if said is not None:
-                    logger.warning("rejected datagrams %s %s", what, said)
         if logger.isEnabledFor(logging.DEBUG):
             for (held, _, source), outcome in zip(batch.states, outcomes, strict=True):
                 logger.debug("datagram %s engine_id=%r source=%s", outcome, as_state(held).engine_id, source)
             for reason in batch.invalid:
                 logger.debug("datagram rejected reason=%s", reason)
+
+    def _say(self) -> None:
+        """Say what there is to say of rejected datagrams; once a second, so that no count stays unsaid."""
+        self._say_at = self._clock() + 1.0
+        dropped = self.kernel_dropped() or 0
+        if dropped > self._drops_noted:
+            self._by_kernel.add(dropped - self._drops_noted)
+            self._drops_noted = dropped
+        for what, notice in self._notices.items():
+            said = notice.due()
+            if said is not None:
+                logger.warning("rejected datagrams %s %s", what, said)
 
     def kernel_dropped(self) -> int | None:
         """Datagrams that the kernel dropped for want of buffer, by the sockets' own account; None where it has none."""
@@ -272,6 +286,10 @@ class UdpListener:
     def close(self) -> None:
         """Close the sockets; only after `run` has returned."""
         self.kernel_dropped()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the descriptors and nothing else, in a forked child."""
         for sock in (*self._sockets.values(), self._wake_reader, self._wake_writer):
             sock.close()
 

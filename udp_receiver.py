@@ -11,7 +11,7 @@ import errno
 import socket
 import struct
 import sys
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 try:
     import ctypes
@@ -115,8 +115,6 @@ class BatchReceiver:
             header.iov = ctypes.addressof(self._iovs[number])
             header.iov_length = 1
         self._address = ctypes.addressof(self._messages)
-        self._data_view = memoryview(self._data).cast("B")
-        self._names_view = memoryview(self._names).cast("B")
         words = ctypes.sizeof(_MMsgHdr) // 4
         self._lengths = memoryview(self._messages).cast("B").cast("I")[_MMsgHdr.length.offset // 4 :: words]
 
@@ -128,10 +126,12 @@ class BatchReceiver:
                 return []
             if number != errno.EINTR:
                 raise OSError(number, "recvmmsg")
-        data, size = self._data_view, self._name_size
-        names = bytes(self._names_view[: count * size])
+        # A slice of an array of c_char is bytes, in half the time that a memoryview's takes.
+        data = cast(Any, self._data)
+        size = self._name_size
+        names: bytes = cast(Any, self._names)[: count * size]
         return [
-            (bytes(data[start : start + length]), names[name : name + size])
+            (data[start : start + length], names[name : name + size])
             for start, length, name in zip(
                 range(0, count * _ROOM, _ROOM),
                 self._lengths[:count].tolist(),

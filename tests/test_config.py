@@ -57,6 +57,7 @@ ACCEPTED: tuple[tuple[str, str, str, object], ...] = (
     ("NETWORK_MODE", "Broadcast", "network_mode", "broadcast"),
     ("NETWORK_MODE", "UNICAST", "network_mode", "unicast"),
     ("BIND_ADDRESS", "::", "bind_address", "::"),
+    ("BIND_ADDRESS", "::ffff:127.0.0.1", "bind_address", "127.0.0.1"),
     ("BIND_ADDRESS", "fe80::1%eth0", "bind_address", "fe80::1%eth0"),
     *(("ENABLE_LOG", word, "enable_log", True) for word in ("true", "True", "TRUE", "1", "yes", "on")),
     *(("ENABLE_LOG", word, "enable_log", False) for word in ("false", "False", "0", "no", "OFF")),
@@ -95,6 +96,8 @@ REFUSED: tuple[tuple[str, str], ...] = (
     *(("BIND_ADDRESS", value) for value in ("", "localhost", "0.0.0", "256.0.0.1", "１.0.0.1", "[::]", "0.0.0.0:9999")),
     *(("ENABLE_LOG", value) for value in ("", "ture", "2", "y")),
     ("LOG_FILE", ""),
+    ("LOG_FILE", "a\nb"),
+    ("LOG_FILE", "\udcff.jsonl"),
     *(("ALLOWED_SOURCES", value) for value in ("", ",", "10.0.0.0/33", "10.0.0.0/8,", "router", "all")),
 )
 
@@ -125,6 +128,12 @@ class Values(unittest.TestCase):
     def test_an_engine_cannot_expire_before_it_is_stale(self) -> None:
         with self.assertRaisesRegex(ConfigError, "EXPIRE_AFTER.*STALE_THRESHOLD"):
             read(EXPIRE_AFTER="1999")
+
+    def test_errors_between_settings_come_with_the_others(self) -> None:
+        with self.assertRaises(ConfigError) as refused:
+            read(UDP_PORT="abc", EXPIRE_AFTER="0005")
+        self.assertEqual(len(refused.exception.errors), 2)
+        self.assertIn("EXPIRE_AFTER='0005'", refused.exception.errors[1])
 
     def test_the_logging_level_is_read_without_the_prefix(self) -> None:
         self.assertEqual(read_config({"VLLM_LOGGING_LEVEL": "debug"}).log_level, "DEBUG")

@@ -83,6 +83,10 @@ INVALID: dict[str, tuple[str, bytes]] = {
     "nested too deep": ("too_deep", raw("newer", "[" * MAX_NESTING + "]" * MAX_NESTING)),
     "nested too deep and never closed": ("too_deep", b"[" * 8192),
     "objects nested too deep": ("too_deep", b'{"a":' * 1600),
+    # Each of these took 0.2 s where the strings in it were looked for again from each of their quotes.
+    "escaped quotes that never end": ("too_deep", b"[" * (MAX_NESTING + 1) + b'"' + b'\\"' * 3500),
+    "escaped quotes before brackets": ("not_json", b'"' + b'\\"' * 3840 + b"[" * (MAX_NESTING + 1)),
+    "a backslash at the end": ("not_json", b'"' + b'\\"' * 3500 + b"[" * (MAX_NESTING + 1) + b"\\"),
     "NaN in an unknown field": ("not_json", datagram(newer=float("nan"))),
     "a raw newline in a string": ("not_json", datagram(engine_id="@").replace(b"@", b"a\nb")),
     **{f"without {name}": ("missing_field", without(name)) for name in FIELDS},

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from engine_state import (
     REASONS,
-    USUAL_MODES,
     EngineState,
     InvalidDatagram,
     as_json_fields,
@@ -139,7 +138,7 @@ class Fuzz(unittest.TestCase):
             except InvalidDatagram as error:
                 self.fail(f"datagram {number} is recognised, and {error}: {one!r}")
             read = (
-                usual[1].decode(), int(usual[2]), float(usual[3]), USUAL_MODES[usual[4]], int(usual[5]), int(usual[6]),
+                usual[1].decode(), int(usual[2]), float(usual[3]), usual[4].decode(), int(usual[5]), int(usual[6]),
                 int(usual[7]), float(usual[8]),
             )  # fmt: skip
             written = json.loads(f"{{{as_json_fields(one)}}}")

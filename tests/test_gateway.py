@@ -422,6 +422,37 @@ class FromPython(GatewayCase):
             first.get_active_engines_count()
         self.assertTrue(self.get(UDP_PORT=first.udp_port).is_ready())
 
+    def test_a_start_that_fails_half_way_lets_go_of_everything(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start, started = threading.Thread.start, []
+
+        def no_third(thread: threading.Thread) -> None:
+            started.append(thread)
+            if len(started) == 3:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with mock.patch("threading.Thread.start", no_third), self.assertRaisesRegex(RuntimeError, "new thread"):
+            self.get(UDP_PORT=port, HTTP_PORT=0)
+        self.assertTrue(self.get(UDP_PORT=port, HTTP_PORT=0).is_ready())
+
+    def test_what_cannot_be_made_closes_what_was_opened(self) -> None:
+        with (
+            mock.patch("http_server.selectors.DefaultSelector", side_effect=OSError(24, "Too many open files")),
+            self.assertRaisesRegex(StartError, "Too many open files"),
+        ):
+            self.get()
+        self.assertTrue(self.get().is_ready())
+
+    def test_after_a_shutdown_no_old_table_is_shown(self) -> None:
+        gateway = self.get()
+        gateway.shutdown()
+        with self.assertRaisesRegex(RuntimeError, "shut down"):
+            gateway.get_engine_states_dict()
+        self.assertEqual(gateway.get_stats()["total_received"], 0)
+
     def test_no_signal_handler_is_installed_and_no_logging_configured(self) -> None:
         import signal
 
@@ -458,8 +489,48 @@ print(list(gateway.get_engine_states_dict()), flush=True)
 """
 
 
+PREFORK = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from gateway import get_state_gateway
+gateway = get_state_gateway()
+goes_on, tell = os.pipe()
+child = os.fork()
+if child == 0:
+    os.close(tell)
+    try:
+        gateway.get_engine_states_dict()
+    except RuntimeError as error:
+        print(error, flush=True)
+    os.read(goes_on, 1)
+    os._exit(0)
+gateway.shutdown()
+print("again", get_state_gateway().is_ready(), flush=True)  # while the child lives
+os.close(tell)
+os.waitpid(child, 0)
+"""
+
+
 class SecondProcess(GatewayCase):
     """A forked worker of the same router is told that the port is taken; the first goes on, and its log is whole."""
+
+    def test_a_child_holds_nothing_and_shows_no_old_table(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", PREFORK, str(TOP)],
+            env=clean_environment(**{**LOOPBACK, "LOG_FILE": self.log_file, "UDP_PORT": self.free_port()}),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("again True", done.stdout)
+        self.assertIn("of the parent process; read it over HTTP", done.stdout)
+
+    def free_port(self) -> int:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+            free.bind(("127.0.0.1", 0))
+            return int(free.getsockname()[1])
 
     def test_a_fork_is_told_and_harms_nothing(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:

@@ -192,17 +192,17 @@ class Guide(unittest.TestCase):
             export VLLM_STATE_GATEWAY_NETWORK_MODE="unicast"
             export VLLM_STATE_GATEWAY_BIND_ADDRESS="0.0.0.0"
             pkill -f gateway.py
+            "$GATEWAY/start_gateway_unicast.sh" 2>new & new=$!
+            ready new $new
             wait $gateway
-            "$GATEWAY/start_gateway_unicast.sh" 2>new & gateway=$!
-            ready new $gateway
-            kill $gateway; wait $gateway
+            kill $new; wait $new
             grep "network mode" engine_states.jsonl
             """,
             "pkill",
         )
         modes = [line.split('"message": "')[1].split(",")[0] for line in output.splitlines() if '"message"' in line]
         self.assertEqual(
-            modes,
+            sorted(modes),
             ["network mode: broadcast", "network mode: broadcast", "network mode: unicast", "network mode: unicast"],
         )
 

@@ -139,6 +139,26 @@ class Stop(ProcessCase):
         self.assertEqual(len(logged_states(self.log)), 300)
         self.assert_whole()
 
+    def test_a_signal_at_any_moment_stops_it(self) -> None:
+        """Right after the ready line, while it starts, and again while it stops; nothing but a signal wakes it here."""
+        for attempt in range(12):
+            with self.subTest(attempt):
+                running = self.start(STATS_INTERVAL=0, ENABLE_LOG="false")
+                if attempt % 3:
+                    running.wait_ready()
+                else:
+                    self.wait_for_program(running)
+                while running.process.poll() is None:
+                    running.signal(signal.SIGINT if attempt % 2 else signal.SIGTERM)
+                    if attempt % 3 != 2:
+                        break
+                self.assertEqual(running.wait_exit(), 0, running.lines)
+
+    def wait_for_program(self, running: Daemon) -> None:
+        """Wait until Python itself has started, and the program has blocked the signals for its own start."""
+        status = Path(f"/proc/{running.process.pid}/status")
+        wait_until("the program to run", lambda: "SigBlk:\t0000000000004003" in status.read_text())
+
     def test_a_second_run_continues_the_log(self) -> None:
         for _ in range(2):
             running = self.start().wait_ready()
@@ -153,6 +173,23 @@ class Stop(ProcessCase):
         with socket.create_connection(("127.0.0.1", running.http_port)) as idle:
             idle.sendall(b"GET /engines HT")
             self.assertEqual(running.stop(), 0)
+
+
+class Folders(ProcessCase):
+    """The folder that it was started in may go away."""
+
+    def test_the_working_folder_is_removed(self) -> None:
+        self.folder = self.folder / "start"
+        self.folder.mkdir()
+        running = self.start(STATS_INTERVAL=1).wait_ready()
+        shutil.rmtree(self.folder)
+        running.send(datagram())
+        stats = running.wait_received(1)
+        self.assertEqual(stats["log"]["file"], str(self.folder / "engine_states.jsonl"))
+        running.wait_for_line("summary")
+        wait_until("the state to be logged", lambda: running.stats()["log"]["written"])
+        self.assertEqual(running.stop(), 0)
+        self.assertEqual(len(logged_states(self.folder / "engine_states.jsonl")), 1)
 
 
 class Signals(ProcessCase):
@@ -180,7 +217,7 @@ class Signals(ProcessCase):
         self.assertEqual(running.wait_received(1)["valid_states"], 1)
 
     def test_after_a_pause_longer_than_the_expiry_nobody_is_removed(self) -> None:
-        running = self.start(STALE_THRESHOLD=200, EXPIRE_AFTER=400).wait_ready()
+        running = self.start(STALE_THRESHOLD=400, EXPIRE_AFTER=800).wait_ready()
         running.send(*(datagram(engine_id=f"e{number}", timestamp_ms=1000) for number in range(20)))
         running.wait_received(20)
         running.signal(signal.SIGSTOP)
@@ -268,6 +305,14 @@ class ExitStatus(ProcessCase):
         done = self.run_to_end(LOG_FILE="/dev/full")
         self.assertEqual(done.returncode, 1)
         self.assertIn("cannot open the state log /dev/full: No space left on device", done.stderr)
+
+    def test_settings_that_cannot_be_used_are_unhealthy(self) -> None:
+        self.assertEqual(self.run_to_end("--health-check", UDP_PORT="abc").returncode, 1)
+
+    def test_the_status_is_the_same_where_stderr_is_full(self) -> None:
+        for arguments, settings, status in (((), {"UDP_PORT": "abc"}, 2), (("--check-config",), {}, 1)):
+            command = ("bash", "-c", 'exec "$@" >/dev/full 2>&1', "bash", *gateway_command(*arguments))
+            self.assertEqual(self.start(command, **settings).wait_exit(), status)
 
     @unittest.skipIf(os.geteuid() == 0, "root may write and bind everything")
     def test_what_needs_privileges_says_so(self) -> None:

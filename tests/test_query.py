@@ -8,9 +8,9 @@ import unittest
 from typing import Any
 from urllib.parse import quote
 
-import metrics
+import state_metrics as metrics
 from engine_state import FIELDS, parse_datagram
-from query import Query, QueryError, entry
+from state_query import Query, QueryError, entry
 from state_store import Batch, StateStore
 from tests.harness import PLACEHOLDERS, FakeClock, datagram, fields
 

@@ -93,7 +93,7 @@ class BothLanguages(unittest.TestCase):
             [
                 [engine_state.MAX_DATAGRAM_BYTES],
                 [engine_state.MAX_NESTING],
-                [state_store.MODES_IN_A_HISTORY],
+                [state_store.HISTORY_BYTES >> 20],
                 [state_log.BUFFER_BYTES >> 20],
                 [http_server.MAX_CONNECTIONS, http_server.RESERVE_CONNECTIONS],
                 [http_server.MAX_REQUEST_LINE_BYTES],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import unittest
 from typing import Any
+from unittest import mock
 
 from engine_state import parse_datagram, recognise_usual
 from state_store import Batch, EngineView, Received, StateStore
@@ -351,15 +352,23 @@ class History(StoreCase):
         self.send()
         self.assertEqual(self.store.history("test"), [])
 
-    def test_invented_modes_cost_their_inventor_its_history_and_no_memory(self) -> None:
-        for number in range(1000):
-            self.send(timestamp_ms=number, scheduling_mode=f"invented {number}")
-            self.send(engine_id="honest", timestamp_ms=number, scheduling_mode=("a", "b")[number % 2])
-            past = self.store.history("test") or []
-            self.assertLessEqual(len(past), 8)
-            self.assertEqual(past[-1].state.scheduling_mode, f"invented {number}")
-        honest = self.store.history("honest") or []
-        self.assertEqual([state.scheduling_mode for state, _ in honest], ["a", "b"] * 50)
+    def test_all_histories_together_are_bounded_and_the_newest_state_is_always_kept(self) -> None:
+        with mock.patch("state_store.HISTORY_BYTES", 10_000):
+            for number in range(1000):
+                self.send(engine_id=f"e{number % 50}", timestamp_ms=number, scheduling_mode="m" * 64)
+                past = self.store.history(f"e{number % 50}") or []
+                self.assertEqual(past[-1].state.timestamp_ms, number)
+        kept = [len(self.store.history(f"e{number}") or []) for number in range(50)]
+        self.assertEqual(min(kept), 1)
+        self.assertLess(sum(kept), 150)
+
+    def test_what_a_removed_engine_had_is_free_again(self) -> None:
+        for number in range(300):
+            self.send(engine_id=f"e{number % 3}", timestamp_ms=number)
+        self.assertGreater(self.store._history_bytes, 0)
+        self.clock.move(7)
+        self.sweep()
+        self.assertEqual(self.store._history_bytes, 0)
 
     def test_an_unknown_engine_has_none(self) -> None:
         self.assertIsNone(self.store.history("nobody"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import re
 import socket
 import struct
 import sys
@@ -95,6 +96,18 @@ class Datagrams(ListenerCase):
                     self.assert_adds_up(tally)
         self.assertEqual(len(logged.records), 1, "more than one line in a minute of the clock")
         self.assertEqual([view.state.engine_id for view in self.store.views()], ["good"])
+
+    def test_how_many_were_not_shown_is_said_though_no_more_come(self) -> None:
+        listener = self.listen()
+        with self.assertLogs("elrar.listener", "WARNING") as logged:
+            self.send(b"junk")
+            self.take_all(listener)
+            self.send(*[b"junk"] * 200)
+            self.take_all(listener)
+            self.clock.move(61)
+            self.take_all(listener)
+        said = [re.search("count=([0-9]+)", record.getMessage()) for record in logged.records]
+        self.assertEqual([match and match[1] for match in said], ["1", "200"])
 
     def test_every_valid_datagram_is_taken_and_logged(self) -> None:
         listener = self.listen()
@@ -224,7 +237,9 @@ class KernelBuffer(ListenerCase):
         self.assertEqual(listener.kernel_dropped(), 0)
         sent = 500
         self.send(*(datagram(timestamp_ms=number) for number in range(sent)))
-        tally = self.take_all(listener)
+        with self.assertLogs("elrar.listener", "WARNING") as logged:
+            tally = self.take_all(listener)
+        self.assertIn("by the kernel", logged.output[0])
         self.assertLess(tally.received, sent)
         self.assertEqual(tally.received + (listener.kernel_dropped() or 0), sent)
 

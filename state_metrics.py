@@ -1,6 +1,6 @@
 """Prometheus' text format (0.0.4) of the counters and of every engine.
 
-To add a counter, add it where it is counted, to `query.stats`, and here.
+To add a counter, add it where it is counted, to `StateGateway.get_stats`, and here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from engine_state import EngineState
 from state_store import LIVE, STALE, EngineView
 
 PREFIX = "elrar_state_gateway_"
@@ -39,29 +40,29 @@ def _gauge(name: str, meaning: str, value: float) -> str:
 
 
 # One series an engine and field; a duration is in seconds, as Prometheus wants its base units.
-_ENGINE_FAMILIES: tuple[tuple[str, str, Callable[[EngineView], float]], ...] = (
+_ENGINE_FAMILIES: tuple[tuple[str, str, Callable[[EngineView, EngineState], float]], ...] = (
     ("engine_live", "1 while the engine was heard from within the stale threshold, 0 while it is stale",
-     lambda view: view.status == LIVE),
+     lambda view, _: view.status == LIVE),
     ("engine_heartbeat", "1 where the state shown is a heartbeat, whose load fields say nothing",
-     lambda view: view.heartbeat),
+     lambda view, _: view.heartbeat),
     ("engine_age_seconds", "Time since the engine was last heard from",
-     lambda view: view.age_ms / 1000),
+     lambda view, _: view.age_ms / 1000),
     ("engine_state_age_seconds", "Time since the state shown was received",
-     lambda view: view.state_age_ms / 1000),
+     lambda view, _: view.state_age_ms / 1000),
     ("engine_clock_offset_seconds", "Receipt minus the engine's own timestamp: the error of its clock",
-     lambda view: view.clock_offset_ms / 1000),
+     lambda view, _: view.clock_offset_ms / 1000),
     ("engine_timestamp_seconds", "Timestamp of the state shown, by the engine's clock, since the epoch",
-     lambda view: view.state.timestamp_ms / 1000),
+     lambda _, state: state.timestamp_ms / 1000),
     ("engine_latency_pred_seconds", "Predicted latency of the next scheduling step",
-     lambda view: view.state.latency_pred_ms / 1000),
+     lambda _, state: state.latency_pred_ms / 1000),
     ("engine_pending_tokens", "Tokens waiting",
-     lambda view: view.state.pending_tokens_total),
+     lambda _, state: state.pending_tokens_total),
     ("engine_kv_cache_free_blocks", "Free KV-cache blocks, -1 = unknown",
-     lambda view: view.state.kv_cache_free_blocks),
+     lambda _, state: state.kv_cache_free_blocks),
     ("engine_kv_cache_total_blocks", "KV-cache blocks, -1 = unknown",
-     lambda view: view.state.kv_cache_total_blocks),
+     lambda _, state: state.kv_cache_total_blocks),
     ("engine_capacity_tokens_per_second", "Capacity, 0 = unknown",
-     lambda view: view.state.engine_capacity),
+     lambda _, state: state.engine_capacity),
 )  # fmt: skip
 
 
@@ -70,14 +71,15 @@ def engine_metrics(views: list[EngineView]) -> bytes:
 
     Encoded family by family, because one string of all takes four bytes a character where a single name needs them.
     """
-    labels = [_labels({"engine_id": view.state.engine_id}) for view in views]
+    labels = [_labels({"engine_id": view.engine_id}) for view in views]
+    pairs = [(view, view.state) for view in views]  # parsed once
     parts = []
     for family, meaning, value_of in _ENGINE_FAMILIES:
         name = PREFIX + family
         lines = [f"# HELP {name} {meaning}", f"# TYPE {name} gauge"]
-        lines += [f"{name}{label} {+value_of(view)!r}" for label, view in zip(labels, views, strict=True)]
+        lines += [f"{name}{label} {+value_of(*pair)!r}" for label, pair in zip(labels, pairs, strict=True)]
         parts.append(("\n".join(lines) + "\n").encode())
-    modes = [({"engine_id": view.state.engine_id, "scheduling_mode": view.state.scheduling_mode}, 1) for view in views]
+    modes = [({"engine_id": view.engine_id, "scheduling_mode": state.scheduling_mode}, 1) for view, state in pairs]
     parts.append(
         _family("engine_scheduling_mode_info", "gauge", "The engine's scheduling mode, as a label", modes).encode()
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote
 
-import metrics
+import state_metrics as metrics
 from engine_state import as_json_fields, quote_json
 from state_store import LIVE, STALE, EngineView, StateStore
 
@@ -37,7 +37,7 @@ class QueryError(Exception):
 
 def json_answer(document: object, status: int = 200) -> Answer:
     """A JSON document, with a newline at its end for those who read it in a terminal."""
-    return Answer(status, json.dumps(document, ensure_ascii=False).encode() + b"\n")
+    return Answer(status, json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 
 def error_answer(status: int, message: str) -> Answer:
