@@ -241,6 +241,7 @@ class StateStore:
         self._lock = threading.Lock()
         self._engines: dict[str, _Engine] = {}
         self._history_bytes = 0
+        self._changes = 0
         self._tally = Tally()
         self._drained_at = clock()
         self._appeared = OncePerMinute(clock)
@@ -308,6 +309,7 @@ class StateStore:
                 outcomes.append(HEARTBEAT if heartbeat else ACCEPTED)
             self._history_bytes = history_bytes
             self._tally.count(batch, outcomes)
+            self._changes += 1
         return outcomes
 
     def _is_live(self, age_s: float) -> bool:
@@ -342,6 +344,7 @@ class StateStore:
                     engine.said_stale = True
                     _count(self._went_stale, engine_id)
             self._tally.expired_engines += removed
+            self._changes += removed
             changes = [
                 (what, notice.due())
                 for what, notice in (
@@ -374,6 +377,24 @@ class StateStore:
             engines = list(self._engines.items())
         now = self._clock()
         return [self._view(engine_id, engine, now) for engine_id, engine in engines]
+
+    def ages(self) -> list[tuple[str, Shown, int, int]]:
+        """Every engine as its id, what is shown of it, age_ms and state_age_ms; the least that a snapshot takes."""
+        with self._lock:
+            engines = list(self._engines.items())
+        now = self._clock() + 1e-6  # see _whole_ms
+        rows = []
+        for engine_id, engine in engines:
+            shown = engine.shown  # before `heard_at`, as in _view
+            heard_at = engine.heard_at
+            age_ms = int((now - heard_at) * 1000) if heard_at < now else 0
+            state_age_ms = age_ms if shown[2] == heard_at else max(age_ms, int((now - shown[2]) * 1000))
+            rows.append((engine_id, shown, age_ms, state_age_ms))
+        return rows
+
+    def changes(self) -> int:
+        """A number that is another one after each change of what `views` shows, but for the passing of time."""
+        return self._changes  # without the lock: one int, written under it
 
     def view(self, engine_id: str) -> EngineView | None:
         """One engine, or None where it is not known."""

@@ -1,0 +1,425 @@
+"""What the gateway takes, how fast, and at what cost: the real daemon on one core, load from another. Linux only.
+
+    python3 benchmarks/bench.py            the whole table, about four minutes
+    python3 benchmarks/bench.py --quick    the same in one, less exact
+    python3 benchmarks/bench.py --peer 'CMD {port} {file}'
+                                           another program too, that writes a line a datagram into {file}
+
+Figures are medians of interleaved runs. CPU is the user and system time of the receiving process, all threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parent
+RECEIVING_CORE, SENDING_CORE = "0", "1"
+
+BARE_PYTHON = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)
+sock.bind(("127.0.0.1", int(sys.argv[1])))
+recv = sock.recv
+while True:
+    recv(8193)
+"""
+
+IN_PROCESS = """
+import json, subprocess, sys, threading
+sys.path.insert(0, sys.argv[1])
+from gateway import get_state_gateway
+gateway = get_state_gateway()
+def spin():
+    number = 0
+    while True:
+        number += 1
+threading.Thread(target=spin, daemon=True).start()
+sender = [sys.executable, sys.argv[2], str(gateway.udp_port), *sys.argv[3:]]
+sent = json.loads(subprocess.run(sender, capture_output=True, check=True).stdout)
+received = -1
+while received != (received := gateway.get_stats()["total_received"]):
+    threading.Event().wait(0.3)
+print(json.dumps({"sent": sent["sent"], "stats": gateway.get_stats()}))
+"""
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_bytes(pid: int) -> int:
+    """Resident memory of a process, in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def kernel_drops(port: int) -> int:
+    """Datagrams dropped at the receive buffer of a UDP port, by the kernel's table."""
+    wanted = f":{port:04X}"
+    for line in Path("/proc/net/udp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1].endswith(wanted):
+            return int(fields[-1])
+    return 0
+
+
+def start_sender(port: int, rate: float, seconds: float, engines: int) -> subprocess.Popen[bytes]:
+    command = ["taskset", "-c", SENDING_CORE, sys.executable, str(HERE / "sender.py")]
+    return subprocess.Popen([*command, str(port), str(rate), str(seconds), str(engines)], stdout=subprocess.PIPE)
+
+
+def finish_sender(sender: subprocess.Popen[bytes]) -> int:
+    """Wait for the sender; returns how many it sent."""
+    return int(json.loads(sender.communicate()[0])["sent"])
+
+
+@contextlib.contextmanager
+def pinned(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process on the receiving core, ended at the end."""
+    process = subprocess.Popen(["taskset", "-c", RECEIVING_CORE, *command], **how)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+class Gateway:
+    """The real daemon, on the receiving core."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+        self.process = process
+        self.port = port
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+
+    def get(self, path: str) -> bytes:
+        self.connection.request("GET", path)
+        return self.connection.getresponse().read()
+
+    def stats(self) -> Any:
+        return json.loads(self.get("/stats"))
+
+    def settled_stats(self) -> Any:
+        """The statistics once nothing more comes and the log has everything."""
+        before = None
+        while before != (before := (stats := self.stats())["total_received"]) or log_is_behind(stats):
+            time.sleep(0.2)
+        return stats
+
+
+def log_is_behind(stats: Any) -> bool:
+    log = stats["log"]
+    return log["enabled"] and log["written"] + log["dropped"] < stats["valid_states"] - stats["duplicates"]
+
+
+@contextlib.contextmanager
+def gateway(folder: Path, **settings: object) -> Iterator[Gateway]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    log = folder / "states.jsonl"
+    merged = {"UDP_PORT": 0, "BIND_ADDRESS": "127.0.0.1", "LOG_FILE": log, "LOG_BACKUPS": 1, **settings}
+    environment.update({f"VLLM_STATE_GATEWAY_{name}": str(value) for name, value in merged.items()})
+    with pinned([sys.executable, str(TOP / "gateway.py")], env=environment, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if match := re.search(rb"ready: .*HTTP http://\S+:(\d+)", line):
+                break
+        else:
+            raise SystemExit("the gateway did not start")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        running = Gateway(process, int(match[1]))
+        yield running
+        running.connection.close()
+    for path in folder.glob("states.jsonl*"):
+        path.unlink()
+
+
+def account(sent: int, stats: Any, what: str) -> None:
+    """Say so where what was sent is not what was taken or dropped."""
+    accounted = stats["total_received"] + (stats["kernel_dropped"] or 0)
+    if accounted != sent or stats["invalid_states"] or stats["duplicates"] or stats["out_of_order"]:
+        print(f"!! {what}: sent {sent}, received and dropped {accounted}, {stats}", file=sys.stderr)
+
+
+class Bench:
+    """The rows of the table, each measured by one method."""
+
+    def __init__(self, folder: Path, *, quick: bool, peer: str | None) -> None:
+        self.folder = folder
+        self.runs = 1 if quick else 3
+        self.seconds = 1.0 if quick else 2.0
+        self.long_seconds = 2.0 if quick else 5.0
+        self.quick = quick
+        self.peer = peer
+
+    def offered(self, rate: float, seconds: float, engines: int, **settings: object) -> tuple[float, float, int, int]:
+        """Offer load to a new gateway; returns states/s taken, CPU microseconds a state, sent, dropped."""
+        with gateway(self.folder, STALE_THRESHOLD=60_000, **settings) as running:
+            before, start = cpu_seconds(running.process.pid), time.perf_counter()
+            sent = finish_sender(start_sender(running.port, rate, seconds, engines))
+            elapsed = time.perf_counter() - start
+            stats = running.settled_stats()
+            cpu = cpu_seconds(running.process.pid) - before
+        account(sent, stats, f"{rate:.0f}/s, {engines} engines")
+        taken = stats["total_received"]
+        return taken / elapsed, cpu / taken * 1e6, sent, stats["kernel_dropped"]
+
+    def limit(self, command: Callable[[int], list[str]]) -> tuple[float, float]:
+        """The same for a receiver that only receives: states/s and CPU microseconds a state, at saturation."""
+        port = free_port()
+        with pinned(command(port), stdout=subprocess.DEVNULL) as process:
+            time.sleep(0.7)
+            before, start = cpu_seconds(process.pid), time.perf_counter()
+            sent = finish_sender(start_sender(port, 0, self.seconds, 100))
+            elapsed = time.perf_counter() - start
+            time.sleep(0.5)
+            taken = sent - kernel_drops(port)
+            return taken / elapsed, (cpu_seconds(process.pid) - before) / taken * 1e6
+
+    def saturated(self) -> None:
+        rows: dict[str, Callable[[], tuple[float, ...]]] = {}
+        compiler = shutil.which("cc")
+        if compiler:
+            program = str(self.folder / "receiver")
+            subprocess.run([compiler, "-O2", "-o", program, str(HERE / "receiver.c")], check=True)
+            rows["limit: C, receives, scans and writes the line"] = lambda: self.limit(
+                lambda port: [program, str(port), str(self.folder / "c.jsonl")]
+            )
+        rows["limit: bare Python recv loop, does nothing"] = lambda: self.limit(
+            lambda port: [sys.executable, "-c", BARE_PYTHON, str(port)]
+        )
+        if self.peer:
+            peer = self.peer
+            rows["peer"] = lambda: self.limit(
+                lambda port: shlex.split(peer.format(port=port, file=self.folder / "peer.jsonl"))
+            )
+        rows["gateway, log on"] = lambda: self.offered(0, self.seconds, 100)
+        rows["gateway, log off"] = lambda: self.offered(0, self.seconds, 100, ENABLE_LOG="false")
+        found: dict[str, list[tuple[float, ...]]] = {name: [] for name in rows}
+        for _ in range(self.runs):
+            for name, run in rows.items():
+                found[name].append(run())
+                for path in self.folder.glob("*.jsonl"):
+                    path.unlink()
+        costs = {name: statistics.median(run[1] for run in runs) for name, runs in found.items()}
+        for name, runs in found.items():
+            rate = statistics.median(run[0] for run in runs)
+            row(f"saturated, {name}", f"{rate:,.0f} states/s", f"{costs[name]:.2f} us CPU a state")
+        if compiler:
+            ratios = [
+                ours[1] / c[1] for ours, c in zip(found["gateway, log on"], next(iter(found.values())), strict=True)
+            ]
+            row("gateway with log, against C", f"{statistics.median(ratios):.2f} x", "of the CPU a state")
+
+    def no_loss(self) -> None:
+        best = 0
+        for rate in (50_000, 100_000, 125_000, 150_000, 200_000):
+            _, _, _, dropped = self.offered(rate, self.long_seconds, 1000)
+            if dropped:
+                break
+            best = rate
+        row(f"highest rate without loss over {self.long_seconds:.0f} s", f"{best:,} states/s", "1,000 engines, log on")
+
+    def growth(self) -> None:
+        sizes = (10, 100, 1000, 10_000)
+        costs: dict[int, list[float]] = {engines: [] for engines in sizes}
+        for _ in range(self.runs):
+            for engines in sizes:
+                costs[engines].append(self.offered(100_000, self.seconds, engines)[1])
+        for engines in sizes:
+            cost = statistics.median(costs[engines])
+            row(f"{engines:,} engines, 100,000 states/s", f"{cost:.2f} us CPU a state", "log on")
+
+    def everyday(self) -> None:
+        with gateway(self.folder) as running:
+            sender = start_sender(running.port, 5000, self.long_seconds + 1, 1000)
+            time.sleep(0.5)
+            before, start = cpu_seconds(running.process.pid), time.perf_counter()
+            time.sleep(self.long_seconds - 0.5)
+            share = (cpu_seconds(running.process.pid) - before) / (time.perf_counter() - start)
+            sent = finish_sender(sender)
+            account(sent, running.settled_stats(), "everyday")
+        row("1,000 engines x 5/s", f"{share * 100:.1f} % of a core", "log on")
+
+    def visible(self) -> None:
+        for rate in (5000, 50_000):
+            with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
+                sender = start_sender(running.port, rate, self.long_seconds, 1000)
+                delays = []
+                probe = {
+                    "engine_id": "probe",
+                    "timestamp_ms": 0,
+                    "latency_pred_ms": 1.5,
+                    "scheduling_mode": "balanced",
+                    "pending_tokens_total": 1,
+                    "kv_cache_free_blocks": 1,
+                    "kv_cache_total_blocks": 2,
+                    "engine_capacity": 1.5,
+                }
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                    number = 0
+                    while sender.poll() is None:
+                        number += 1
+                        one = json.dumps({**probe, "timestamp_ms": number}).encode()
+                        start = time.perf_counter()
+                        sock.sendto(one, ("127.0.0.1", running.port))
+                        while f'"timestamp_ms": {number},'.encode() not in running.get("/engines/probe"):
+                            pass
+                        delays.append(time.perf_counter() - start)
+                        time.sleep(0.002)
+                finish_sender(sender)
+            delays.sort()
+            p50, p99 = (delays[int(len(delays) * part)] * 1000 for part in (0.5, 0.99))
+            row(f"from send to visible at {rate:,} states/s", f"p50 {p50:.2f} ms", f"p99 {p99:.2f} ms")
+
+    def reading(self) -> None:
+        for engines in (100, 1000, 10_000):
+            for path in ("/engines", "/metrics"):
+                with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
+                    finish_sender(start_sender(running.port, 50_000, 0.5, engines))
+                    sender = start_sender(running.port, 20_000, self.seconds, engines)
+                    times = []
+                    end = time.perf_counter() + self.seconds
+                    while time.perf_counter() < end:
+                        start = time.perf_counter()
+                        running.get(path)
+                        times.append(time.perf_counter() - start)
+                    sent = finish_sender(sender)
+                    lost = running.settled_stats()["kernel_dropped"] / sent
+                times.sort()
+                p99 = times[int(len(times) * 0.99)] * 1000
+                rate = len(times) / sum(times)
+                row(
+                    f"{path}, {engines:,} engines, one reader without pause",
+                    f"{rate:,.0f} requests/s, p99 {p99:.1f} ms",
+                    f"of 20,000 states/s beside it, {lost * 100:.1f} % lost",
+                )
+
+    def readers(self) -> None:
+        """200 snapshots a second of 1,000 engines, beside 50,000 states/s on the same core."""
+        with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
+            sender = start_sender(running.port, 50_000, self.long_seconds, 1000)
+            start = time.perf_counter()
+            asked = 0
+            while sender.poll() is None:
+                if time.perf_counter() - start >= asked / 200:
+                    running.get("/engines")
+                    asked += 1
+                else:
+                    time.sleep(0.0003)
+            sent = finish_sender(sender)
+            stats = running.settled_stats()
+        account(sent, stats, "readers")
+        row(
+            "200 snapshots/s of 1,000 engines beside 50,000 states/s",
+            f"{asked / self.long_seconds:.0f} snapshots/s",
+            f"{stats['total_received'] / sent * 100:.1f} % taken in",
+        )
+
+    def memory(self) -> None:
+        for history in (0, 100):
+            with gateway(self.folder, STALE_THRESHOLD=60_000, HISTORY=history, ENABLE_LOG="false") as running:
+                before = memory_bytes(running.process.pid)
+                sent = finish_sender(start_sender(running.port, 80_000, 2 if self.quick else 14, 10_000))
+                running.settled_stats()
+                grown = memory_bytes(running.process.pid) - before
+            states = min(history, sent // 10_000)
+            row(f"memory an engine, history of {states}", f"{grown / 10_000 / 1000:.1f} kB", "10,000 engines")
+
+    def busy_thread(self) -> None:
+        for rate in (20_000, 50_000):
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+            settings = {"UDP_PORT": "0", "BIND_ADDRESS": "127.0.0.1", "LOG_FILE": str(self.folder / "busy.jsonl")}
+            environment.update({f"VLLM_STATE_GATEWAY_{name}": value for name, value in settings.items()})
+            command = [sys.executable, "-c", IN_PROCESS, str(TOP), str(HERE / "sender.py"), str(rate)]
+            done = subprocess.run(
+                [*command, str(self.seconds), "1000"], env=environment, capture_output=True, check=True
+            )
+            result = json.loads(done.stdout)
+            account(result["sent"], result["stats"], "busy thread")
+            taken = result["stats"]["total_received"] / result["sent"] * 100
+            row(f"beside a CPU-bound thread, {rate:,} states/s", f"{taken:.1f} % taken in", "same process, two cores")
+
+    def start(self) -> None:
+        ready, known = [], []
+        for _ in range(self.runs):
+            port = free_port()
+            sender = start_sender(port, 5000, 4, 1000)  # 1,000 engines that push every 200 ms, all along
+            time.sleep(0.5)
+            start = time.perf_counter()
+            with gateway(self.folder, UDP_PORT=port) as running:
+                ready.append(time.perf_counter() - start)
+                while running.stats()["total_engines"] < 1000:
+                    pass
+                known.append(time.perf_counter() - start)
+                finish_sender(sender)
+        row("from start to ready", f"{statistics.median(ready) * 1000:.0f} ms", "")
+        row(
+            "from restart to all of 1,000 engines known",
+            f"{statistics.median(known) * 1000:.0f} ms",
+            "each pushes every 200 ms",
+        )
+
+
+def row(what: str, figure: str, remark: str) -> None:
+    """Print a row of the table as it is found."""
+    print(f"| {what} | {figure} | {remark} |", flush=True)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peer", metavar="CMD")
+    parser.add_argument("--only", metavar="ROWS", help="comma-separated, such as saturated,growth")
+    options = parser.parse_args()
+    names = (
+        "saturated",
+        "no_loss",
+        "growth",
+        "everyday",
+        "visible",
+        "reading",
+        "readers",
+        "memory",
+        "busy_thread",
+        "start",
+    )
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, receiver on core {RECEIVING_CORE}\n")
+    row("what", "figure", "")
+    print("|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), quick=options.quick, peer=options.peer)
+        for name in options.only.split(",") if options.only else names:
+            getattr(bench, name)()
+
+
+if __name__ == "__main__":
+    main()
