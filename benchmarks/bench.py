@@ -137,7 +137,7 @@ class Gateway:
 
 def log_is_behind(stats: Any) -> bool:
     log = stats["log"]
-    return log["enabled"] and log["written"] + log["dropped"] < stats["valid_states"] - stats["duplicates"]
+    return bool(log["enabled"]) and log["written"] + log["dropped"] < stats["valid_states"] - stats["duplicates"]
 
 
 @contextlib.contextmanager

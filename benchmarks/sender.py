@@ -20,7 +20,7 @@ def templates(engines: int) -> list[tuple[bytes, bytes]]:
     parts = []
     for number in range(engines):
         state = {
-            "engine_id": f"http://10.{100 + number // 10000 % 100}.{100 + number // 100 % 100}.{100 + number % 100}:8000",
+            "engine_id": f"http://10.100.{100 + number // 100}.{100 + number % 100}:8000",
             "timestamp_ms": CLOCK,
             "latency_pred_ms": 16.11793779048644,
             "scheduling_mode": "latency_optimized",
