@@ -1,6 +1,8 @@
 """Offers states to a UDP port at a rate; with UDP segmentation offload one send carries many, so it is not the limit.
 
 python3 sender.py PORT RATE SECONDS ENGINES     RATE 0 = as fast as it goes; prints what was sent as JSON
+    python3 sender.py PORT spread SECONDS ENGINES   each engine every 200 ms, one by one at even distances
+    python3 sender.py PORT together SECONDS ENGINES each engine every 200 ms, all of them one after another
 """
 
 from __future__ import annotations
@@ -69,5 +71,34 @@ def send(port: int, rate: float, seconds: float, engines: int) -> dict[str, floa
     return {"sent": sent, "seconds": time.perf_counter() - start}
 
 
+def send_every_200_ms(port: int, spread: bool, seconds: float, engines: int) -> dict[str, float]:
+    """As engines do, one datagram a send."""
+    parts = templates(engines)
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.connect(("127.0.0.1", port))
+    sent = 0
+    start = time.perf_counter()
+    for turn in range(int(seconds / 0.2)):
+        for number, (before, after) in enumerate(parts):
+            due = start + turn * 0.2 + (number * 0.2 / engines if spread else 0)
+            while time.perf_counter() < due:
+                pass
+            try:
+                sock.send(b"%b%d%b" % (before, CLOCK + turn * 100, after))
+            except ConnectionRefusedError:
+                continue
+            sent += 1
+    return {"sent": sent, "seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Send what the command line asks for."""
+    port, rate, seconds, engines = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    if rate in ("spread", "together"):
+        print(json.dumps(send_every_200_ms(port, rate == "spread", seconds, engines)))
+    else:
+        print(json.dumps(send(port, float(rate), seconds, engines)))
+
+
 if __name__ == "__main__":
-    print(json.dumps(send(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))))
+    main()

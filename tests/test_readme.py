@@ -24,7 +24,13 @@ from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, da
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 TOOLS = ("nc", "curl", "ss", "grep", "tail")
-RUN_ELSEWHERE = {"python3 gateway.py", "python3 -m unittest", "./start_gateway_unicast.sh", "pkill -f gateway.py"}
+RUN_ELSEWHERE = {
+    "python3 gateway.py",
+    "python3 -m unittest",
+    "./start_gateway_unicast.sh",
+    "pkill -f gateway.py",
+    "python3 benchmarks/bench.py",
+}
 
 
 def read(name: str) -> str:
