@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,22 @@ def clean_environment(**settings: object) -> dict[str, str]:
     return environment
 
 
+def free_port() -> int:
+    """A number that is free for UDP and for TCP on the loopback."""
+    while True:
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+        ):
+            udp.bind(("127.0.0.1", 0))
+            port = int(udp.getsockname()[1])
+            try:
+                tcp.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
 class Answer:
     """A response of the query interface."""
 
@@ -120,6 +137,8 @@ def ask(port: int, path: str, *, method: str = "GET", host: str = "127.0.0.1") -
     connection = http.client.HTTPConnection(host, port, timeout=DEADLINE_S)
     try:
         connection.request(method, path)
+        # Reset at the end: thousands of questions would leave thousands of ports in TIME_WAIT, and no free one to bind.
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         response = connection.getresponse()
         return Answer(response.status, dict(response.getheaders()), response.read())
     finally:

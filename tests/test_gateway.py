@@ -29,6 +29,7 @@ from tests.harness import (
     clean_environment,
     datagram,
     fields,
+    free_port,
     heartbeat,
     read_log,
     wait_until,
@@ -196,9 +197,7 @@ class Opening(GatewayCase):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             self.assert_start_error(rf"cannot listen on TCP 127\.0\.0\.1:{port}.*ss -ltnp.*HTTP_PORT", HTTP_PORT=port)
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-                free.bind(("127.0.0.1", 0))
-                udp_port = free.getsockname()[1]
+            udp_port = free_port()
             self.assert_start_error("cannot listen on TCP", UDP_PORT=udp_port, HTTP_PORT=port)
             self.run_gateway(UDP_PORT=udp_port, HTTP_PORT=0)
 
@@ -423,9 +422,7 @@ class FromPython(GatewayCase):
         self.assertTrue(self.get(UDP_PORT=first.udp_port).is_ready())
 
     def test_a_start_that_fails_half_way_lets_go_of_everything(self) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         start, started = threading.Thread.start, []
 
         def no_third(thread: threading.Thread) -> None:
@@ -517,7 +514,7 @@ class SecondProcess(GatewayCase):
     def test_a_child_holds_nothing_and_shows_no_old_table(self) -> None:
         done = subprocess.run(
             [sys.executable, "-c", PREFORK, str(TOP)],
-            env=clean_environment(**{**LOOPBACK, "LOG_FILE": self.log_file, "UDP_PORT": self.free_port()}),
+            env=clean_environment(**{**LOOPBACK, "LOG_FILE": self.log_file, "UDP_PORT": free_port()}),
             capture_output=True,
             text=True,
             timeout=DEADLINE_S,
@@ -527,15 +524,8 @@ class SecondProcess(GatewayCase):
         self.assertIn("again True", done.stdout)
         self.assertIn("of the parent process; read it over HTTP", done.stdout)
 
-    def free_port(self) -> int:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-            free.bind(("127.0.0.1", 0))
-            return int(free.getsockname()[1])
-
     def test_a_fork_is_told_and_harms_nothing(self) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         done = subprocess.run(
             [sys.executable, "-c", ROUTER, str(TOP), datagram().decode()],
             env=clean_environment(**{**LOOPBACK, "UDP_PORT": port, "HTTP_PORT": 0, "LOG_FILE": self.log_file}),

@@ -25,6 +25,7 @@ from tests.harness import (
     clean_environment,
     daemon,
     datagram,
+    free_port,
     gateway_command,
     ipv6_works,
     logged_states,
@@ -233,9 +234,7 @@ class StandardStreams(ProcessCase):
     """It runs with its standard streams closed, full or gone."""
 
     def run_with(self, redirection: str) -> None:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = ("bash", "-c", f'exec "$@" {redirection}', "bash", *gateway_command())
         running = self.start(command, UDP_PORT=port, HTTP_PORT=0, VLLM_LOGGING_LEVEL="DEBUG")
         self.sent = 0

@@ -20,7 +20,17 @@ import state_log
 import state_store
 from config import PREFIX, SETTINGS, read_config
 from engine_state import REASONS
-from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, datagram, gateway_command, wait_until
+from tests.harness import (
+    DEADLINE_S,
+    TOP,
+    Daemon,
+    clean_environment,
+    daemon,
+    datagram,
+    free_port,
+    gateway_command,
+    wait_until,
+)
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 TOOLS = ("nc", "curl", "ss", "grep", "tail")
@@ -64,11 +74,6 @@ def masked(text: str) -> list[str]:
     text = re.sub(r"[0-9]+([.:-][0-9]+)*", "#", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith(("State", "UNCONN # # [::#]"))]
-
-
-def free_port() -> int:
-    with daemon(BIND_ADDRESS="127.0.0.1", ENABLE_LOG="false") as briefly:
-        return briefly.udp_port
 
 
 class BothLanguages(unittest.TestCase):
