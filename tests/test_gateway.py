@@ -73,7 +73,7 @@ class Statistics(GatewayCase):
 
     def test_every_outcome_is_counted_once_and_the_sum_is_right(self) -> None:
         gateway = self.run_gateway(MAX_ENGINES=1)
-        with self.assertLogs("elrar.listener", "WARNING"):
+        with self.assertLogs("elrar.listener", "WARNING") as logged:
             self.send(
                 gateway,
                 datagram(timestamp_ms=1000),
@@ -86,6 +86,7 @@ class Statistics(GatewayCase):
                 datagram(timestamp_ms=1200),
             )
             stats = self.received(gateway, 8)
+            wait_until("the rejections to be said", lambda: logged.records)
         expected = {
             "network_mode": "unicast",
             "bind_address": "127.0.0.1",
@@ -132,9 +133,10 @@ class Statistics(GatewayCase):
     def test_metrics_are_valid_named_by_the_rules_and_show_the_counters(self) -> None:
         gateway = self.run_gateway()
         assert gateway.http_port is not None
-        with self.assertLogs("elrar.listener", "WARNING"):
+        with self.assertLogs("elrar.listener", "WARNING") as logged:
             self.send(gateway, datagram(), datagram(), b"junk")
             self.received(gateway, 3)
+            wait_until("the rejection to be said", lambda: logged.records)
         answer = ask(gateway.http_port, "/metrics")
         self.assertEqual(answer.headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
         types, samples = parse_metrics(answer.body.decode())
