@@ -21,7 +21,11 @@ from tests.harness import FakeClock, datagram, heartbeat, ipv6_works, logged_sta
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import (
     BATCHES_A_STEP,
+    LONGEST_NAP_S,
+    RAPID_PER_S,
+    SHORTEST_NAP_S,
     UdpListener,
+    gathering_nap_s,
     granted_receive_buffer,
     is_allowed,
     listen_address,
@@ -292,6 +296,20 @@ class Draining(ListenerCase):
 for _case in (Datagrams, Sources, Addresses, KernelBuffer, Draining):
     _name = f"{_case.__name__}WithThePortableReceiver"
     globals()[_name] = type(_name, (_case,), {"portable": True, "__doc__": _case.__doc__, "__module__": __name__})
+
+
+class Gathering(unittest.TestCase):
+    """States that come in rapid succession are left to gather, and never for long."""
+
+    def test_what_comes_now_and_then_is_not_waited_with(self) -> None:
+        for rate in (0.0, 1.0, RAPID_PER_S - 1):
+            self.assertEqual(gathering_nap_s(rate), 0.0)
+
+    def test_a_nap_is_the_shorter_the_more_comes_and_is_bounded(self) -> None:
+        naps = [gathering_nap_s(rate) for rate in (RAPID_PER_S, 5000, 10_000, 30_000, 100_000, 1_000_000)]
+        self.assertEqual(naps, sorted(naps, reverse=True))
+        self.assertEqual((naps[0], naps[-1]), (LONGEST_NAP_S, SHORTEST_NAP_S))
+        self.assertLess(LONGEST_NAP_S, 0.005)
 
 
 class Receivers(unittest.TestCase):
