@@ -1,7 +1,8 @@
 """Settings: one table of environment variables, read once into a frozen Config.
 
 Nothing else in the gateway reads the environment. The table SETTINGS feeds the parsing, `--help`,
-`--check-config` and the README; a test holds them equal. To add a setting, add a row and a Config field.
+`--check-config`, config_examples/gateway.env and the README; a test holds them equal. To add a setting, add a row and
+a Config field.
 """
 
 from __future__ import annotations
@@ -284,3 +285,28 @@ def settings_help() -> str:
         lines.append(f"  {setting.variable}  (default: {setting.default.strip('()')})")
         lines.append(f"      {setting.meaning.replace('`', '')}; accepted: {setting.accepts}")
     return "\n".join(lines)
+
+
+def example_environment() -> str:
+    """The text of config_examples/gateway.env: every setting at its default.
+
+    `python3 -c 'import config; print(config.example_environment(), end="")'` makes it anew.
+    """
+    lines = [
+        "# Every setting of the state gateway, at its default: for `EnvironmentFile=` of systemd, `--env-file` of",
+        "# Docker, or a shell (`set -a; . ./gateway.env; set +a`). Where a variable has # before it, its default",
+        "# follows from other settings.",
+    ]
+    for setting in SETTINGS:
+        computed = setting.default[0] == "("
+        lines.append("")
+        lines.append(f"# {setting.meaning.replace('`', '')}; accepted: {setting.accepts}")
+        if computed:
+            lines.append(f"# default: {setting.default.strip('()')}")
+        example = _COMPUTED_EXAMPLES[setting.name] if computed else setting.default
+        lines.append(f"{'#' if computed else ''}{setting.variable}={example}")
+    return "\n".join(lines) + "\n"
+
+
+# What the computed defaults are where everything else is at its default, or what they look like.
+_COMPUTED_EXAMPLES = {"EXPIRE_AFTER": "6000", "HTTP_PORT": "9999", "ALLOWED_SOURCES": "0.0.0.0/0,::/0"}

@@ -52,9 +52,12 @@ from config import (
 from daemon_log import DaemonLog
 from engine_state import EngineState
 from http_server import HttpServer
+from state_entry import entry
 from state_log import LogCounters, StateLog
-from state_query import Query, entry
+from state_query import Query
 from state_store import Reaper, StateStore
+from state_watch import Watch
+from systemd_notify import SystemdNotify
 from udp_listener import UdpListener, format_address, granted_receive_buffer, listen_address, open_sockets
 
 VERSION = "1.0.0"
@@ -138,6 +141,7 @@ class StateGateway:
         self._store = StateStore(
             config.stale_threshold_ms, config.expire_after_ms, config.max_engines, config.history, clock=clock
         )
+        self._watch = Watch(self._store, config.stale_threshold_ms, clock=clock, wall_clock=wall_clock)
         self._sockets: list[socket.socket] = []
         self._log: StateLog | None = None
         self._http: HttpServer | None = None
@@ -188,9 +192,8 @@ class StateGateway:
         if self._log is not None:
             parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
         if http_socket is not None:
-            self._http = HttpServer(
-                http_socket, Query(self._store, self).answer, clock=self._clock, wall_clock=self._wall_clock
-            )
+            query = Query(self._store, self, self._watch)
+            self._http = HttpServer(http_socket, query.answer, clock=self._clock, wall_clock=self._wall_clock)
             parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
         self._parts = parts
 
@@ -421,6 +424,12 @@ class StateGateway:
                 "requests": 0 if self._http is None else self._http.requests,
                 "rejected_connections": 0 if self._http is None else self._http.rejected_connections,
             },
+            "watch": {
+                "readers": self._watch.readers,
+                "events": self._watch.events,
+                "merged_events": self._watch.merged_events,
+                "rejected_readers": self._watch.rejected_readers,
+            },
             "own_log_dropped": self._own_log_dropped(),
         }
 
@@ -633,9 +642,13 @@ def _run_daemon(config: Config) -> int:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gateway.start()
         logger.info("ready: %s", gateway.describe())
+        systemd = SystemdNotify(os.environ)
+        systemd.ready(gateway.describe())
         try:
-            reasons = _wait_for_exit(gateway, exits)
-            logger.info("stopping reason=%s", " and ".join(sorted(reasons)))
+            reasons = _wait_for_exit(gateway, exits, systemd)
+            why = " and ".join(sorted(reasons))
+            logger.info("stopping reason=%s", why)
+            systemd.stopping(f"stopping, {why}")
         finally:
             gateway.shutdown()
         logger.info("stopped %s", _summary(gateway.get_stats()))
@@ -646,21 +659,30 @@ def _run_daemon(config: Config) -> int:
         exits.close()
 
 
-def _wait_for_exit(gateway: StateGateway, exits: _Exits) -> set[str]:
-    """Wait for reasons to exit, with a line of statistics now and then."""
-    interval_s = gateway.config.stats_interval_s
-    summary_at = time.monotonic() + interval_s
+def _wait_for_exit(gateway: StateGateway, exits: _Exits, systemd: SystemdNotify) -> set[str]:
+    """Wait for reasons to exit, with a line of statistics now and then, and a sign of life where systemd wants one."""
+    never = float("inf")
+    summary_period_s = gateway.config.stats_interval_s or never
+    alive_period_s = systemd.watchdog_period_s or never
+    summary_at = time.monotonic() + summary_period_s
+    alive_at = time.monotonic() if systemd.watchdog_period_s else never
     while True:
-        reasons = exits.wait(max(0.0, summary_at - time.monotonic()) if interval_s else None)
+        wake_at = min(summary_at, alive_at)
+        reasons = exits.wait(None if wake_at == never else max(0.0, wake_at - time.monotonic()))
         if "SIGHUP" in reasons:
             gateway.reopen_log()
+            systemd.reloading(gateway.describe())
             reasons.remove("SIGHUP")
         if reasons:
             return reasons
-        if not interval_s or time.monotonic() < summary_at:
-            continue
-        summary_at += interval_s
-        logger.info("summary %s", _summary(gateway.get_stats()))
+        now = time.monotonic()
+        if now >= alive_at:
+            alive_at = now + alive_period_s
+            if all(gateway.threads().values()):
+                systemd.alive()
+        if now >= summary_at:
+            summary_at += summary_period_s
+            logger.info("summary %s", _summary(gateway.get_stats()))
 
 
 def _summary(stats: dict[str, Any]) -> str:

@@ -16,8 +16,9 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from daemon_log import OncePerMinute
 from state_query import Answer, QueryError, error_answer
@@ -37,6 +38,8 @@ LINGER_S = 1.0  # for a refused request's bytes, so that the reader sees the ans
 TICK_S = 0.2
 TURN_S = 0.05  # of answering, before it is looked who else has come
 PAUSED_AFTER_S = 2.0  # a wait for a tick that takes ten
+STREAM_SEND_BUFFER = 128 * 1024  # bytes that are on their way to a reader of a stream
+STREAM_TICK_S = 0.004  # between two looks whether a stream has something to send
 REQUESTS_A_TURN = 16  # of one connection that pipelines, before the others have their turn
 
 HEALTH_PATHS = ("/livez", "/health", "/readyz")
@@ -68,6 +71,19 @@ class Request:
     target: str  # from the path on, whatever form it came in
     keep_alive: bool  # whether the connection may be used again afterwards
     http_1_0: bool = False
+    last_event_id: str = ""  # where a reader of server-sent events left off
+
+
+class Stream(Protocol):
+    """An answer that goes on until its reader leaves."""
+
+    content_type: str
+
+    def read(self) -> bytes:
+        """What is to be sent next, or nothing where there is nothing yet; asked once all before has been sent."""
+
+    def close(self) -> None:
+        """The reader is gone; twice is harmless."""
 
 
 class BadRequest(Exception):
@@ -134,14 +150,17 @@ def parse_head(head: bytes) -> Request:
     # A body is not read, so that what follows on such a connection cannot be told from it.
     has_body = int(lengths[0]) > 0 or b"transfer-encoding" in headers
     keep_alive = not has_body and (b"keep-alive" in tokens if http_1_0 else b"close" not in tokens)
-    return Request(method, target, keep_alive, http_1_0)
+    last_event_id = headers.get(b"last-event-id", [b""])[-1].decode("latin-1")
+    return Request(method, target, keep_alive, http_1_0, last_event_id)
 
 
-_IDLE, _READING, _WRITING, _LINGERING = range(4)
+_IDLE, _READING, _WRITING, _LINGERING, _STREAMING = range(5)
 
 
 class _Connection:
-    __slots__ = ("deadline", "keep_alive", "phase", "queued", "received", "reserve", "sock", "unsent", "unsent_bytes")
+    __slots__ = (
+        "deadline", "keep_alive", "phase", "queued", "received", "reserve", "sock", "stream", "unsent", "unsent_bytes",
+    )  # fmt: skip
 
     def __init__(self, sock: socket.socket, deadline: float, reserve: bool) -> None:
         self.sock = sock
@@ -153,6 +172,7 @@ class _Connection:
         self.received = bytearray()
         self.unsent: list[memoryview] = []
         self.unsent_bytes = 0  # of the answer, when it was made
+        self.stream: Stream | None = None
 
 
 class HttpServer:
@@ -164,7 +184,7 @@ class HttpServer:
     def __init__(
         self,
         listener: socket.socket,
-        answer: Callable[[str], Answer],
+        answer: Callable[[str, str], Answer | Stream],
         *,
         max_connections: int | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -182,13 +202,15 @@ class HttpServer:
         self._accepting = True
         self._accept_again_at = 0.0
         self._connections: set[_Connection] = set()
+        self._streaming: dict[_Connection, Stream] = {}
+        self._stream_at = 0.0
         self._queue: deque[_Connection] = deque()  # have asked something, and wait for their turn
         self._unsent_bytes = 0
         self._look_at_deadlines_at = 0.0
         self._refusing = self._stopping = False
         self._notice = OncePerMinute(clock)
         self._bugs = OncePerMinute(clock)
-        self._date = (0, b"")
+        self._date = (0, "")
         # Written by this thread only; readers may be a request behind.
         self.requests = 0
         self.rejected_connections = 0
@@ -249,6 +271,7 @@ class HttpServer:
                 self._wake_reader.recv(16)
                 if self._refusing:
                     self._stop_listening()
+                    self._end_streams()
             elif key.data in self._connections:  # it may have been closed to make room, in this very turn
                 self._ready(key.data)
         turn_ends_at = self._clock() + TURN_S
@@ -260,6 +283,10 @@ class HttpServer:
             if self._clock() > turn_ends_at:
                 break  # see first who else has come, and whether somebody asks for health
         now = self._clock()
+        if self._streaming and now >= self._stream_at:
+            self._stream_at = now + STREAM_TICK_S
+            for connection, stream in list(self._streaming.items()):
+                self._go_on(connection, stream)
         if now >= self._look_at_deadlines_at:
             self._look_at_deadlines_at = now + TICK_S
             for connection in [c for c in self._connections if c.deadline <= now]:
@@ -271,6 +298,8 @@ class HttpServer:
 
     def _wait(self, wait_s: float) -> list[tuple[selectors.SelectorKey, int]]:
         asked_at = self._clock()
+        if self._streaming:
+            wait_s = min(wait_s, max(0.0, self._stream_at - asked_at))
         ready = self._selector.select(0 if self._queue else wait_s)
         self.moved_at = self._clock()
         if self.moved_at - asked_at > PAUSED_AFTER_S:
@@ -278,7 +307,7 @@ class HttpServer:
         return ready
 
     def _overdue(self, connection: _Connection) -> None:
-        if connection.phase in (_READING, _WRITING):
+        if connection.phase in (_READING, _WRITING, _STREAMING):
             self._reject("too slow")
         self._close(connection)
 
@@ -296,6 +325,11 @@ class HttpServer:
             said = notice.due()
             if said is not None:
                 logger.log(level, "%s %s", what, said)
+
+    def _bug(self, what: str) -> None:
+        if self._bugs.add():
+            self._bugs.example(f"{what}\n{traceback.format_exc()}")
+        self._say()
 
     def _accept(self) -> None:
         for _ in range(64):
@@ -340,7 +374,7 @@ class HttpServer:
         First the oldest that never asked anything, then the one that has been idle for longest, then the slowest that
         is in the middle of asking, though not within its first half second.
         """
-        waiting = [c for c in self._connections if c.phase != _WRITING and c.reserve == reserve]
+        waiting = [c for c in self._connections if c.phase not in (_WRITING, _STREAMING) and c.reserve == reserve]
         if not waiting:
             return False
         spared = min(waiting, key=lambda c: (bool(c.received), c.phase == _IDLE, c.deadline))
@@ -358,6 +392,9 @@ class HttpServer:
                 if connection.phase == _READING:
                     self._enqueue(connection)
                 return
+            if connection.phase == _STREAMING and connection.unsent:
+                self._send(connection)
+                return
             if len(connection.received) > 2 * MAX_HEAD_BYTES:
                 return  # it pipelines faster than it is answered: its turn comes before more is read
             data = connection.sock.recv(65536)
@@ -368,7 +405,7 @@ class HttpServer:
             return
         if not data:
             self._peer_is_done(connection)
-        elif connection.phase != _LINGERING:
+        elif connection.phase not in (_LINGERING, _STREAMING):
             if connection.phase == _IDLE:
                 connection.phase = _READING
                 connection.deadline = self._clock() + REQUEST_DEADLINE_S
@@ -388,6 +425,24 @@ class HttpServer:
         if connection.phase != _WRITING and connection in self._connections:
             self._close(connection)
 
+    def _go_on(self, connection: _Connection, stream: Stream) -> None:
+        """Send what a stream has, where its reader has taken all before."""
+        if connection.unsent:
+            return
+        try:
+            text = stream.read()
+        except Exception:
+            self._bug("a stream")
+            self._close(connection)
+            return
+        if text:
+            connection.deadline = self._clock() + RESPONSE_DEADLINE_S
+            self._send_all(connection, [text])
+
+    def _end_streams(self) -> None:
+        for connection in list(self._streaming):
+            self._close(connection)
+
     def _serve(self, connection: _Connection) -> None:
         """Answer the requests that have been received whole, as long as their answers are taken."""
         for _ in range(REQUESTS_A_TURN):
@@ -399,10 +454,14 @@ class HttpServer:
                     return
                 request = parse_head(head)
             except BadRequest as error:
-                answer = error_answer(error.status, str(error))
-                self._respond(connection, Request("GET", "", keep_alive=False), answer)
+                refusal = error_answer(error.status, str(error))
+                self._respond(connection, Request("GET", "", keep_alive=False), refusal)
                 return
-            self._respond(connection, request, self._answer(connection, request))
+            answer = self._answer(connection, request)
+            if isinstance(answer, Answer):
+                self._respond(connection, request, answer)
+            else:
+                self._begin_stream(connection, request, answer)
         if connection.received and connection in self._connections:
             self._enqueue(connection)
 
@@ -411,9 +470,10 @@ class HttpServer:
             connection.queued = True
             self._queue.append(connection)
 
-    def _answer(self, connection: _Connection, request: Request) -> Answer:
+    def _answer(self, connection: _Connection, request: Request) -> Answer | Stream:
         if request.method not in ("GET", "HEAD"):
-            return error_answer(405, "this is read-only: GET and HEAD are answered")
+            refusal = error_answer(405, "this is read-only: GET and HEAD are answered")
+            return replace(refusal, headers=("Allow: GET, HEAD",))
         if request.target.partition("?")[0] not in HEALTH_PATHS:
             if connection.reserve:
                 self._reject("too many connections")
@@ -422,49 +482,66 @@ class HttpServer:
                 self._reject("too many answers wait for slow readers, the slowest was cut off")
                 self._close(min((c for c in self._connections if c.unsent), key=lambda c: c.deadline))
         try:
-            return self._answer_target(request.target)
+            return self._answer_target(request.target, request.last_event_id)
         except QueryError as error:
             return error_answer(error.status, str(error))
         except Exception:
-            if self._bugs.add():
-                self._bugs.example(f"target={request.target!r}\n{traceback.format_exc()}")
-            self._say()
+            self._bug(f"target={request.target!r}")
             return error_answer(500, "this question met an error in the gateway, which is in its log")
 
     def _respond(self, connection: _Connection, request: Request, answer: Answer) -> None:
         self.requests += 1
         connection.keep_alive = request.keep_alive and not connection.reserve
-        head = (
-            b"HTTP/1.1 %d %b\r\nContent-Type: %b\r\nContent-Length: %d\r\nDate: %b\r\n"
-            b"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n%b%b\r\n"
-        ) % (
-            answer.status,
-            REASON_PHRASES[answer.status].encode(),
-            answer.content_type.encode(),
-            len(answer.body),
-            self._date_now(),
-            b"Allow: GET, HEAD\r\n" if answer.status == 405 else b"",
-            (b"Connection: keep-alive\r\n" if request.http_1_0 else b"")
-            if connection.keep_alive
-            else b"Connection: close\r\n",
-        )
-        connection.unsent = [memoryview(head)]
-        if request.method != "HEAD" and answer.body:
-            connection.unsent.append(memoryview(answer.body))
-        connection.unsent_bytes = sum(map(len, connection.unsent))
-        self._unsent_bytes += connection.unsent_bytes
+        lines = [f"Content-Length: {len(answer.body)}", *answer.headers]
+        if not connection.keep_alive:
+            lines.append("Connection: close")
+        elif request.http_1_0:
+            lines.append("Connection: keep-alive")
+        head = self._head(answer.status, answer.content_type, lines)
         connection.phase = _WRITING
         connection.deadline = self._clock() + RESPONSE_DEADLINE_S
+        self._send_all(connection, [head] if request.method == "HEAD" or not answer.body else [head, answer.body])
+
+    def _begin_stream(self, connection: _Connection, request: Request, stream: Stream) -> None:
+        """Send the head; the rest follows for as long as the reader stays, and the connection ends with it."""
+        self.requests += 1
+        connection.keep_alive = False
+        head = self._head(200, stream.content_type, ["Connection: close", "X-Accel-Buffering: no"])
+        if request.method == "HEAD":
+            stream.close()
+            connection.phase = _WRITING
+        else:
+            connection.phase = _STREAMING
+            connection.received.clear()
+            # What has been handed to the kernel cannot be replaced by newer any more: 4 MB of it would be a minute old.
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER)
+            self._streaming[connection] = stream
+            self._stream_at = 0.0
+        connection.deadline = self._clock() + RESPONSE_DEADLINE_S
+        self._send_all(connection, [head])
+
+    def _head(self, status: int, content_type: str, lines: Sequence[str]) -> bytes:
+        second = int(self._wall_clock())
+        if self._date[0] != second:
+            self._date = (second, email.utils.formatdate(second, usegmt=True))
+        head = (
+            f"HTTP/1.1 {status} {REASON_PHRASES[status]}",
+            f"Content-Type: {content_type}",
+            f"Date: {self._date[1]}",
+            "Cache-Control: no-store",
+            "X-Content-Type-Options: nosniff",
+            *lines,
+        )
+        return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1")
+
+    def _send_all(self, connection: _Connection, parts: Sequence[bytes]) -> None:
+        connection.unsent = [memoryview(part) for part in parts]
+        connection.unsent_bytes = sum(map(len, parts))
+        self._unsent_bytes += connection.unsent_bytes
         try:
             self._send(connection)
         except OSError:
             self._close(connection)
-
-    def _date_now(self) -> bytes:
-        second = int(self._wall_clock())
-        if self._date[0] != second:
-            self._date = (second, email.utils.formatdate(second, usegmt=True).encode())
-        return self._date[1]
 
     def _send(self, connection: _Connection) -> None:
         """Send what the socket takes, head and body in one write; raises OSError where the reader is gone."""
@@ -476,14 +553,18 @@ class HttpServer:
                     del connection.unsent[0]
                 if connection.unsent:
                     connection.unsent[0] = connection.unsent[0][sent:]
+                    if connection.phase == _STREAMING:
+                        connection.deadline = self._clock() + RESPONSE_DEADLINE_S  # it reads, however slowly
         except BlockingIOError:
-            self._watch(connection, selectors.EVENT_WRITE)
+            self._wait_for(connection, selectors.EVENT_WRITE)
             return
         self._unsent_bytes -= connection.unsent_bytes
         connection.unsent_bytes = 0
-        self._watch(connection, selectors.EVENT_READ)
+        self._wait_for(connection, selectors.EVENT_READ)
         now = self._clock()
-        if connection.keep_alive and not self._stopping:
+        if connection.phase == _STREAMING:
+            connection.deadline = float("inf")
+        elif connection.keep_alive and not self._stopping:
             connection.phase = _READING if connection.received else _IDLE
             connection.deadline = now + (REQUEST_DEADLINE_S if connection.received else IDLE_DEADLINE_S)
         else:
@@ -493,12 +574,15 @@ class HttpServer:
             connection.received.clear()
             connection.sock.shutdown(socket.SHUT_WR)
 
-    def _watch(self, connection: _Connection, event: int) -> None:
+    def _wait_for(self, connection: _Connection, event: int) -> None:
         if self._selector.get_key(connection.sock).events != event:
             self._selector.modify(connection.sock, event, connection)
 
     def _close(self, connection: _Connection) -> None:
         self._connections.discard(connection)
+        stream = self._streaming.pop(connection, None)
+        if stream is not None:
+            stream.close()
         self._unsent_bytes -= connection.unsent_bytes
         connection.unsent_bytes = 0
         self._selector.unregister(connection.sock)

@@ -98,7 +98,7 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
         "rejected_capacity": stats["rejected_capacity"],
         "rejected_source": stats["rejected_source"],
     }
-    log, http = stats["log"], stats["http"]
+    log, http, watch = stats["log"], stats["http"], stats["watch"]
     info = {name: str(stats[name]) for name in ("version", "network_mode", "bind_address", "udp_port", "instance")}
     parts = [
         _family("info", "gauge", "What runs, as labels", [(info, 1)]),
@@ -123,6 +123,12 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
         _counter("http_requests_total", "Requests answered by the query interface", http["requests"]),
         _counter("http_rejected_connections_total", "Connections turned away or cut off at a limit",
                  http["rejected_connections"]),
+        _gauge("watch_readers", "Readers of /watch", watch["readers"]),
+        _counter("watch_events_total", "Events sent to the readers of /watch", watch["events"]),
+        _counter("watch_merged_events_total", "Events not sent, a newer one of the same engine taking their place",
+                 watch["merged_events"]),
+        _counter("watch_rejected_readers_total", "Readers of /watch turned away because there are too many",
+                 watch["rejected_readers"]),
         _counter("own_log_lines_dropped_total", "Lines of the daemon's own log that stderr did not take",
                  stats["own_log_dropped"]),
     ]  # fmt: skip

@@ -5,19 +5,27 @@ To add a route, add a row to `Query._routes`. Answers are computed from copies, 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote
 
 import state_metrics as metrics
-from engine_state import as_json_fields, quote_json
-from state_store import LIVE, STALE, EngineView, Shown, StateStore
+from engine_state import quote_json
+from state_entry import AgesJson, lasting_json
+from state_store import LIVE, STALE, Shown, StateStore
+from state_watch import MAX_READERS, Watch, WatchReader
 
 JSON_TYPE = "application/json"
+STATUS_PAGE = Path(__file__).parent / "status_page.html"
+LONGEST_INTERVAL_MS = 3_600_000
+MOST_PARAMETERS = 1000  # more than a request line has room for
 SHARED_MS = 10  # by which the ages of a snapshot that is given to several may be behind
-CACHED_AGES = 65536
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Answer:
     status: int
     body: bytes
     content_type: str = JSON_TYPE
+    headers: tuple[str, ...] = ()  # further ones, whole lines
 
 
 class QueryError(Exception):
@@ -47,43 +56,25 @@ def error_answer(status: int, message: str) -> Answer:
     return json_answer({"error": message}, status)
 
 
-def entry(view: EngineView) -> dict[str, Any]:
-    """One engine as a dictionary, with the same keys and values as its entry at /engines."""
-    return {
-        **view.state.as_dict(),
-        "heartbeat": view.heartbeat,
-        "received_ms": view.received_ms,
-        "clock_offset_ms": view.clock_offset_ms,
-        "source": view.source,
-        "status": view.status,
-        "age_ms": view.age_ms,
-        "state_age_ms": view.state_age_ms,
-    }
-
-
-def _lasting_json(shown: Shown) -> bytes:
-    """The beginning of an entry: all that stays as it is until the next state comes."""
-    held, heartbeat, _, received_s, source, timestamp_ms = shown
-    received_ms = int(received_s * 1000)
-    return (
-        f'{{{as_json_fields(held)}, "heartbeat": {"true" if heartbeat else "false"}, "received_ms": {received_ms}, '
-        f'"clock_offset_ms": {received_ms - timestamp_ms}, "source": {quote_json(source)}, '
-    ).encode()
-
-
-class _AgesJson(dict[tuple[int, int], bytes]):
-    """The end of an entry for each pair of ages that was needed: looking it up takes a fifth of writing it."""
-
-    def __init__(self, stale_ms: int) -> None:
-        super().__init__()
-        self._stale_ms = stale_ms
-
-    def __missing__(self, ages: tuple[int, int]) -> bytes:
-        if len(self) >= CACHED_AGES:
-            self.clear()
-        status = LIVE if ages[0] <= self._stale_ms else STALE
-        end = self[ages] = b'"status": "%b", "age_ms": %d, "state_age_ms": %d}' % (status.encode(), *ages)
-        return end
+def status_page() -> Answer:
+    """The status page, with a policy under which a browser runs its own script and style and nothing else."""
+    try:
+        page = STATUS_PAGE.read_bytes()
+    except OSError as error:
+        return error_answer(404, f"the status page is not there: {error}")
+    script, style = (
+        re.findall(rb"<%b>(.*?)</%b>" % (element, element), page, flags=re.DOTALL) for element in (b"script", b"style")
+    )
+    sources = [
+        " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts) or "'none'"
+        for texts in (script, style)
+    ]
+    policy = (
+        f"default-src 'none'; script-src {sources[0]}; style-src {sources[1]}; connect-src 'self'; img-src data:;"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+    headers = (f"Content-Security-Policy: {policy}", "Referrer-Policy: no-referrer")
+    return Answer(200, page, "text/html; charset=utf-8", headers)
 
 
 class Gateway(Protocol):
@@ -109,15 +100,18 @@ class Gateway(Protocol):
 class Query:
     """Answers questions by path; for one thread at a time."""
 
-    def __init__(self, store: StateStore, gateway: Gateway) -> None:
+    def __init__(self, store: StateStore, gateway: Gateway, watch: Watch) -> None:
         self._store = store
         self._gateway = gateway
-        self._ages_json = _AgesJson(gateway.about()["stale_threshold_ms"])
+        self._watch = watch
+        self._page = status_page()
+        self._ages_json = AgesJson(gateway.about()["stale_threshold_ms"])
         self._lasting: dict[str, tuple[Shown, bytes]] = {}  # of each engine, for as long as it shows that state
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
         self._shared_key: object = None
         self._shared_ms = 0
         self._routes: dict[str, Callable[[dict[str, list[str]]], Answer]] = {
+            "/": lambda _: self._page,
             "/engines": self._engines,
             "/stats": lambda _: json_answer(self._gateway.get_stats()),
             "/metrics": lambda _: self._metrics(),
@@ -127,15 +121,20 @@ class Query:
             "/version": lambda _: json_answer({"version": self._gateway.version}),
         }
 
-    def answer(self, target: str) -> Answer:
-        """Answer GET of a request target such as `/engines?status=live`; raises QueryError."""
+    def answer(self, target: str, last_event_id: str = "") -> Answer | WatchReader:
+        """Answer GET of a request target such as `/engines?status=live`; raises QueryError.
+
+        `last_event_id` is what a reader of /watch says that it was sent last.
+        """
         path, _, query = target.partition("?")
         route = self._routes.get(path)
         if route is not None:
             return route(_parameters(query))
+        if path == "/watch":
+            return self._watched(_parameters(query), last_event_id)
         if path.startswith("/engines/"):
             return self._one_engine(path.removeprefix("/engines/"))
-        raise QueryError(404, f"no such path; there are {', '.join(self._routes)} and /engines/<engine_id>")
+        raise QueryError(404, f"no such path; there are {', '.join(self._routes)}, /watch and /engines/<engine_id>")
 
     def _engines(self, parameters: dict[str, list[str]]) -> Answer:
         wanted = parameters.get("status", [])
@@ -146,11 +145,25 @@ class Query:
         now_ms = self._gateway.about()["uptime_ms"]
         if self._shared_key == key and now_ms - self._shared_ms <= SHARED_MS:
             return self._shared
-        self._shared = self._snapshot(wanted)
+        self._shared = self._snapshot(wanted or (LIVE, STALE))
         self._shared_key, self._shared_ms = key, now_ms
         return self._shared
 
-    def _snapshot(self, wanted: list[str]) -> Answer:
+    def _watched(self, parameters: dict[str, list[str]], last_event_id: str) -> WatchReader:
+        if not self._gateway.is_ready():
+            raise QueryError(503, "starting or stopping")
+        engine_ids = frozenset(parameters.get("engine_id", []))
+        intervals = parameters.get("min_interval_ms", ["0"])
+        if not all(re.fullmatch("[0-9]{1,7}", text) and int(text) <= LONGEST_INTERVAL_MS for text in intervals):
+            raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {LONGEST_INTERVAL_MS}")
+        reader = self._watch.open(
+            lambda: self._snapshot((LIVE, STALE), engine_ids).body, engine_ids, int(intervals[-1]), last_event_id
+        )
+        if reader is None:
+            raise QueryError(503, f"/watch has its {MAX_READERS} readers already; /engines can be asked instead")
+        return reader
+
+    def _snapshot(self, statuses: Container[str], engine_ids: Container[str] = ()) -> Answer:
         """Every engine, joined from pieces: what has not changed since the last time is not written anew."""
         head = self._gateway.about()
         stale_ms, old, ages_json = head["stale_threshold_ms"], self._lasting, self._ages_json
@@ -161,11 +174,11 @@ class Query:
         for engine_id, shown, age_ms, state_age_ms in rows:
             piece = old.get(engine_id)
             if piece is None or piece[0] is not shown:
-                piece = (shown, quote_json(engine_id).encode() + b": " + _lasting_json(shown))
+                piece = (shown, quote_json(engine_id).encode() + b": " + lasting_json(shown))
             lasting[engine_id] = piece
             if age_ms <= stale_ms:
                 live += 1
-            if not wanted or (LIVE if age_ms <= stale_ms else STALE) in wanted:
+            if (LIVE if age_ms <= stale_ms else STALE) in statuses and (not engine_ids or engine_id in engine_ids):
                 pieces += (piece[1], ages_json[age_ms, state_age_ms], b", ")
         self._lasting = lasting
         beginning = json.dumps({**head, "active_engines": live, "total_engines": len(rows)})[:-1].encode()
@@ -181,7 +194,7 @@ class Query:
             view = self._store.view(engine_id)
             if view is not None:
                 ages = self._ages_json[view.age_ms, view.state_age_ms]
-                return Answer(200, _lasting_json(view.shown) + ages + b"\n")
+                return Answer(200, lasting_json(view.shown) + ages + b"\n")
         else:
             past = self._store.history(engine_id)
             if past is not None:
@@ -211,6 +224,6 @@ class Query:
 
 def _parameters(query: str) -> dict[str, list[str]]:
     try:
-        return parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        return parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS)
     except ValueError:
-        raise QueryError(400, "the query is not percent-encoded UTF-8") from None
+        raise QueryError(400, "the query is not percent-encoded UTF-8, or has too many parts") from None

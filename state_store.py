@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -129,6 +129,10 @@ class EngineView(NamedTuple):
         return self.received_ms - self.shown[5]
 
 
+# One engine at the moment of looking, as plain values: engine_id, what is shown, age_ms, state_age_ms.
+Row = tuple[str, Shown, int, int]
+
+
 class PastState(NamedTuple):
     """A state that was shown for an engine, and when it was received, in ms since the epoch."""
 
@@ -137,6 +141,7 @@ class PastState(NamedTuple):
 
 
 HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
+NEWS_KEPT_S = 60.0  # for somebody who watched and may come back
 _ROW_OVERHEAD = 48  # bytes of memory of a row besides its text
 
 
@@ -244,6 +249,9 @@ class StateStore:
         self._changes = 0
         self._tally = Tally()
         self._drained_at = clock()
+        self._heard: dict[str, None] | None = None  # who was heard from since somebody looked; None = nobody looks
+        self._gone: list[tuple[str, _Engine]] = []  # who was removed since then
+        self._news_at = float("-inf")  # when somebody looked
         self._appeared = OncePerMinute(clock)
         self._went_stale = OncePerMinute(clock)
         self._returned = OncePerMinute(clock)
@@ -257,7 +265,7 @@ class StateStore:
         stale_s, stale_ms = self._stale_s, self._stale_ms
         outcomes = []
         with self._lock:
-            engines, history_bytes = self._engines, self._history_bytes
+            engines, history_bytes, heard = self._engines, self._history_bytes, self._heard
             for held, fields, source in batch.states:
                 if fields is not None:
                     encoded_id, encoded_timestamp, latency, mode, pending, free, total, capacity = fields
@@ -272,7 +280,11 @@ class StateStore:
                         continue
                     engine = engines[engine_id] = _Engine(self._history)
                     _count(self._appeared, engine_id)
+                    if heard is not None:
+                        heard[engine_id] = None
                 else:
+                    if heard is not None:
+                        heard[engine_id] = None
                     live = now - engine.heard_at < stale_s
                     engine.heard_at = now
                     if engine.said_stale:
@@ -339,12 +351,15 @@ class StateStore:
                         continue  # by another sweep
                     self._history_bytes -= engine.history.size
                     removed += 1
+                    if self._heard is not None:
+                        self._gone.append((engine_id, engine))
                     _count(self._removed, engine_id)
                 elif silence_ms > self._stale_ms and not engine.said_stale:
                     engine.said_stale = True
                     _count(self._went_stale, engine_id)
             self._tally.expired_engines += removed
             self._changes += removed
+            self._forget_news()
             changes = [
                 (what, notice.due())
                 for what, notice in (
@@ -378,10 +393,20 @@ class StateStore:
         now = self._clock()
         return [self._view(engine_id, engine, now) for engine_id, engine in engines]
 
-    def ages(self) -> list[tuple[str, Shown, int, int]]:
-        """Every engine as its id, what is shown of it, age_ms and state_age_ms; the least that a snapshot takes."""
+    def ages(self) -> list[Row]:
+        """Every engine, as the least that a snapshot takes."""
         with self._lock:
             engines = list(self._engines.items())
+        return self._rows(engines)
+
+    def ages_of(self, engine_ids: Iterable[str]) -> list[Row]:
+        """The same of some engines, in their order, without those that are not known."""
+        with self._lock:
+            known = self._engines
+            engines = [(engine_id, known[engine_id]) for engine_id in engine_ids if engine_id in known]
+        return self._rows(engines)
+
+    def _rows(self, engines: list[tuple[str, _Engine]]) -> list[Row]:
         now = self._clock() + 1e-6  # see _whole_ms
         rows = []
         for engine_id, engine in engines:
@@ -391,6 +416,31 @@ class StateStore:
             state_age_ms = age_ms if shown[2] == heard_at else max(age_ms, int((now - shown[2]) * 1000))
             rows.append((engine_id, shown, age_ms, state_age_ms))
         return rows
+
+    def news(self) -> tuple[list[str], list[Row]] | None:
+        """Who was heard from since the last call and is known, and before that, who was removed, as they were.
+
+        None where that was not noted: at the first call, and where the last one was NEWS_KEPT_S ago. For one reader.
+        """
+        with self._lock:
+            noted, self._heard = self._heard, {}
+            gone, self._gone = self._gone, []
+            self._news_at = self._clock()
+            heard = [engine_id for engine_id in noted or () if engine_id in self._engines]
+        return None if noted is None else (heard, self._rows(gone))
+
+    def _forget_news(self) -> None:
+        """Stop noting who is heard from, which costs intake a hundredth, once nobody asks for it. Under the lock."""
+        if self._clock() - self._news_at > NEWS_KEPT_S or len(self._gone) > self._max_engines:
+            self._heard = None
+            self._gone = []
+
+    def stale(self) -> set[str]:
+        """The ids of the engines that are stale now."""
+        with self._lock:
+            engines = list(self._engines.items())
+        heard_until = self._clock() - self._stale_s
+        return {engine_id for engine_id, engine in engines if engine.heard_at <= heard_until}
 
     def changes(self) -> int:
         """A number that is another one after each change of what `views` shows, but for the passing of time."""

@@ -5,7 +5,16 @@ from __future__ import annotations
 import ipaddress
 import unittest
 
-from config import PREFIX, SETTINGS, Config, ConfigError, read_config, settings_help, unknown_variables
+from config import (
+    PREFIX,
+    SETTINGS,
+    Config,
+    ConfigError,
+    example_environment,
+    read_config,
+    settings_help,
+    unknown_variables,
+)
 from tests.harness import TOP
 
 
@@ -188,6 +197,20 @@ class OneTable(unittest.TestCase):
                     [(variable.strip(" `"), default.strip(" `")) for variable, default in shown],
                     [(setting.variable, setting.default) for setting in SETTINGS],
                 )
+
+    def test_the_example_environment_is_made_from_the_table(self) -> None:
+        text = (TOP / "config_examples" / "gateway.env").read_text(encoding="utf-8")
+        self.assertEqual(text, example_environment())
+
+    def test_the_example_environment_changes_nothing(self) -> None:
+        lines = (TOP / "config_examples" / "gateway.env").read_text(encoding="utf-8").splitlines()
+        environ = dict(line.split("=", 1) for line in lines if line and line[0] != "#")
+        self.assertEqual(read_config(environ), read_config({}))
+        every = dict(line.lstrip("#").split("=", 1) for line in lines if line.lstrip("#").startswith("VLLM_"))
+        self.assertEqual(list(every), [setting.variable for setting in SETTINGS])
+        computed = {**vars(read_config({})), "http_follows_udp": False}
+        del computed["allowed_sources"]
+        self.assertEqual({name: getattr(read_config(every), name) for name in computed}, computed)
 
     def test_the_readme_says_what_the_table_says(self) -> None:
         text = (TOP / "README.md").read_text(encoding="utf-8")

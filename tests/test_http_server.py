@@ -11,14 +11,14 @@ from typing import Any
 from unittest import mock
 
 import http_server
-from http_server import BadRequest, HttpServer, parse_head, take_head
+from http_server import BadRequest, HttpServer, Stream, parse_head, take_head
 from state_query import Answer, QueryError
 from tests.harness import DEADLINE_S, FakeClock, wait_until
 
 BIG = b'"' + b"x" * (6 << 20) + b'"'  # more than the sockets' buffers hold for a reader with a small one
 
 
-def answer(target: str) -> Answer:
+def answer(target: str, last_event_id: str) -> Answer | Stream:
     if target == "/big":
         return Answer(200, BIG)
     if target == "/error":

@@ -10,8 +10,10 @@ from urllib.parse import quote
 
 import state_metrics as metrics
 from engine_state import FIELDS, parse_datagram
-from state_query import Query, QueryError, entry
+from state_entry import entry
+from state_query import Answer, Query, QueryError
 from state_store import Batch, StateStore
+from state_watch import Watch
 from tests.harness import PLACEHOLDERS, FakeClock, datagram, fields
 
 WALL_S = 1755532567.5
@@ -54,7 +56,7 @@ class QueryCase(unittest.TestCase):
         self.clock = FakeClock()
         self.store = StateStore(2000, 6000, 1000, 3, clock=self.clock)
         self.gateway = AnyGateway()
-        self.query = Query(self.store, self.gateway)
+        self.query = Query(self.store, self.gateway, Watch(self.store, 2000, clock=self.clock))
 
     def take(self, **changes: Any) -> None:
         received = (parse_datagram(datagram(**changes)), None, "10.0.0.1:5000")
@@ -62,6 +64,7 @@ class QueryCase(unittest.TestCase):
 
     def get(self, target: str, status: int = 200) -> Any:
         answer = self.query.answer(target)
+        assert isinstance(answer, Answer)
         self.assertEqual(answer.status, status)
         self.assertEqual(answer.content_type, "application/json")
         return json.loads(answer.body)

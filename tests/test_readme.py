@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -10,14 +11,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import unittest
 from pathlib import Path
+from typing import Any
 
 import daemon_log
 import engine_state
 import http_server
 import state_log
 import state_store
+import state_watch
 from config import PREFIX, SETTINGS, read_config
 from engine_state import REASONS
 from tests.harness import (
@@ -112,6 +117,7 @@ class BothLanguages(unittest.TestCase):
                 [http_server.REQUEST_DEADLINE_S],
                 [http_server.RESPONSE_DEADLINE_S],
                 [http_server.IDLE_DEADLINE_S],
+                [state_watch.MAX_READERS],
                 [http_server.MAX_UNSENT_BYTES >> 20],
                 [daemon_log.QUEUED_LINES],
             ],
@@ -221,8 +227,85 @@ class Commands(unittest.TestCase):
                     else:
                         self.assertIn(line.strip(), RUN_ELSEWHERE)
 
+    def router_example(self) -> dict[str, Any]:
+        program, *_ = [text for language, text in blocks(ENGLISH) if language == "python"]
+        names: dict[str, Any] = {}
+        exec(program, names)
+        return names
+
+    def test_a_routers_table_follows_a_fleet_through_silence_return_and_a_restart(self) -> None:
+        """At no look is an entry live that was not pushed within the threshold, or other than it was pushed."""
+        example = self.router_example()
+        settings: dict[str, Any] = {
+            "UDP_PORT": self.port,
+            "BIND_ADDRESS": "127.0.0.1",
+            "STALE_THRESHOLD": 1000,
+            "ENABLE_LOG": "false",
+        }
+        pushed: dict[str, dict[int, float]] = {"a": {}, "b": {}, "c": {}}  # when which pending_tokens_total was pushed
+        silent: set[str] = set()
+        ended = threading.Event()
+
+        def push() -> None:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                for number in itertools.count(1):
+                    for engine_id in set(pushed) - silent:
+                        pushed[engine_id][number] = time.monotonic()
+                        one = datagram(engine_id=engine_id, timestamp_ms=number, pending_tokens_total=number)
+                        sock.sendto(one, ("127.0.0.1", self.port))
+                    if ended.wait(0.05):
+                        return
+
+        def live() -> set[str]:
+            entries = table.live()
+            for entry in entries:
+                age_s = time.monotonic() - pushed[entry["engine_id"]][entry["pending_tokens_total"]]
+                self.assertLess(age_s, 1.0 + 1.0, entry)  # the threshold, and a second for a slow machine
+            return {entry["engine_id"] for entry in entries}
+
+        with daemon(None, **settings):
+            table = example["EngineTable"]("127.0.0.1", self.port)
+            pusher = threading.Thread(target=push)
+            pusher.start()
+            self.addCleanup(pusher.join)
+            self.addCleanup(ended.set)
+            wait_until("all to be seen", lambda: live() == {"a", "b", "c"})
+            silent.add("b")
+            wait_until("b to be stale", lambda: live() == {"a", "c"})
+            silent.clear()
+            wait_until("b to be back", lambda: live() == {"a", "b", "c"})
+            self.assertIn(example["choose"](table.live()), {"a", "b", "c"})
+            instance = table.instance
+        with daemon(None, **settings):
+            wait_until("the new gateway to be read", lambda: [live(), table.instance != instance][1])
+            wait_until("all to be seen again", lambda: live() == {"a", "b", "c"})
+        wait_until("all to be stale without a gateway", lambda: not live())
+        self.assertIsNone(example["choose"](table.live()))
+
+    def test_the_routers_table_takes_a_restarted_gateway_for_what_it_is(self) -> None:
+        example = self.router_example()
+        table = example["EngineTable"]("127.0.0.1", self.port)  # nobody is there
+        entry = {**json.loads(datagram(engine_id="a")), "age_ms": 0, "heartbeat": False}
+        snapshot = {"instance": "first", "stale_threshold_ms": 60_000, "engines": {"a": entry}}
+        table.apply("snapshot", snapshot)
+        table.apply("snapshot", {**snapshot, "instance": "second", "engines": {}})
+        self.assertEqual([one["engine_id"] for one in table.live()], ["a"])
+        table.apply("snapshot", {**snapshot, "instance": "second", "engines": {}})
+        self.assertEqual(table.live(), [])
+
+    def test_the_routers_choice_takes_unknown_for_unknown(self) -> None:
+        example = self.router_example()
+        idle, busy = ({**json.loads(datagram(pending_tokens_total=n)), "heartbeat": False} for n in (0, 90_000))
+        self.assertEqual(example["seconds_of_work"](idle), 0.0)
+        self.assertEqual(example["seconds_of_work"](busy), 90.0)
+        self.assertIsNone(example["seconds_of_work"]({**idle, "heartbeat": True}))
+        self.assertIsNone(example["seconds_of_work"]({**idle, "engine_capacity": 0}))
+        busy["engine_id"] = "busy"
+        chosen = {example["choose"]([idle, busy]) for _ in range(50)}
+        self.assertEqual(chosen, {idle["engine_id"]})
+
     def test_the_example_over_http_runs(self) -> None:
-        program, _ = [text for language, text in blocks(ENGLISH) if language == "python"]
+        _, program, _ = [text for language, text in blocks(ENGLISH) if language == "python"]
         with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running:
             running.send(datagram(engine_id="http://172.17.0.3:8000"))
             running.wait_received(1)
@@ -236,7 +319,7 @@ class Commands(unittest.TestCase):
         self.assertRegex(done.stdout, r"^http://172\.17\.0\.3:8000 10 tokens wait, as of \d+ ms ago\n$")
 
     def test_the_example_in_process_runs(self) -> None:
-        _, program = [text for language, text in blocks(ENGLISH) if language == "python"]
+        *_, program = [text for language, text in blocks(ENGLISH) if language == "python"]
         done = subprocess.run(
             [sys.executable, "-c", program],
             cwd=self.folder,
