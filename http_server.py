@@ -39,7 +39,7 @@ TICK_S = 0.2
 TURN_S = 0.05  # of answering, before it is looked who else has come
 PAUSED_AFTER_S = 2.0  # a wait for a tick that takes ten
 STREAM_SEND_BUFFER = 128 * 1024  # bytes that are on their way to a reader of a stream
-STREAM_TICK_S = 0.004  # between two looks whether a stream has something to send
+STREAM_TICK_S = 0.002  # between two looks whether a stream has something to send
 REQUESTS_A_TURN = 16  # of one connection that pipelines, before the others have their turn
 
 HEALTH_PATHS = ("/livez", "/health", "/readyz")

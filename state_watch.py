@@ -16,7 +16,7 @@ from state_store import Row, StateStore
 
 MAX_READERS = 64
 COMMENT_S = 15.0  # of silence, after which a line says that the stream is still there
-LOOK_S = 0.002  # between two looks at what changed, at least
+LOOK_S = 0.001  # between two looks at what changed, at least
 STALE_LOOK_S = 0.05  # between two looks for who went stale
 HELD_LOOK_S = 0.02  # between two looks for what min_interval_ms has held back
 SHARED_S = 0.01  # by which the ages of an event that is given to several may be behind

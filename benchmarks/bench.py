@@ -16,6 +16,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import socket
@@ -175,6 +176,35 @@ def account(sent: int, stats: Any, what: str) -> None:
         print(f"!! {what}: sent {sent}, received and dropped {accounted}, {stats}", file=sys.stderr)
 
 
+def probe(number: int) -> bytes:
+    """A state of the engine whose way through the gateway is timed."""
+    state = {
+        "engine_id": "probe",
+        "timestamp_ms": number,
+        "latency_pred_ms": 1.5,
+        "scheduling_mode": "balanced",
+        "pending_tokens_total": 1,
+        "kv_cache_free_blocks": 1,
+        "kv_cache_total_blocks": 2,
+        "engine_capacity": 1.5,
+    }
+    return json.dumps(state).encode()
+
+
+def quantiles(delays: list[float]) -> tuple[str, str]:
+    """The middle and the 99th hundredth of what was timed, as a row shows them."""
+    delays.sort()
+    p50, p99 = (delays[int(len(delays) * part)] * 1000 for part in (0.5, 0.99))
+    return f"p50 {p50:.2f} ms", f"p99 {p99:.2f} ms"
+
+
+def watch(port: int) -> socket.socket:
+    """A reader of /watch that has asked and not yet read."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
+    sock.sendall(b"GET /watch HTTP/1.1\r\nHost: bench\r\n\r\n")
+    return sock
+
+
 class Bench:
     """The rows of the table, each measured by one method."""
 
@@ -296,31 +326,52 @@ class Bench:
             with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
                 sender = start_sender(running.port, rate, self.long_seconds, 1000)
                 delays = []
-                probe = {
-                    "engine_id": "probe",
-                    "timestamp_ms": 0,
-                    "latency_pred_ms": 1.5,
-                    "scheduling_mode": "balanced",
-                    "pending_tokens_total": 1,
-                    "kv_cache_free_blocks": 1,
-                    "kv_cache_total_blocks": 2,
-                    "engine_capacity": 1.5,
-                }
                 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                     number = 0
                     while sender.poll() is None:
                         number += 1
-                        one = json.dumps({**probe, "timestamp_ms": number}).encode()
                         start = time.perf_counter()
-                        sock.sendto(one, ("127.0.0.1", running.port))
+                        sock.sendto(probe(number), ("127.0.0.1", running.port))
                         while f'"timestamp_ms": {number},'.encode() not in running.get("/engines/probe"):
                             pass
                         delays.append(time.perf_counter() - start)
                         time.sleep(0.002)
                 finish_sender(sender)
-            delays.sort()
-            p50, p99 = (delays[int(len(delays) * part)] * 1000 for part in (0.5, 0.99))
-            row(f"from send to visible at {rate:,} states/s", f"p50 {p50:.2f} ms", f"p99 {p99:.2f} ms")
+            row(f"from send to visible at {rate:,} states/s", *quantiles(delays))
+
+    def watching(self) -> None:
+        """From the sending of a datagram to its event, on one of 20 streams of everything."""
+        with gateway(self.folder, STALE_THRESHOLD=60_000) as running, contextlib.ExitStack() as opened:
+            poller = select.poll()
+            streams = [opened.enter_context(watch(running.port)) for _ in range(20)]
+            for stream in streams:
+                poller.register(stream, select.POLLIN)
+            sending = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sender = start_sender(running.port, 5000, self.long_seconds, 1000)
+            before, began = cpu_seconds(running.process.pid), time.perf_counter()
+            delays, room, first = [], bytearray(1 << 20), streams[0].fileno()
+            by_number = {stream.fileno(): stream for stream in streams}
+            number, sent_at, tail = 0, 0.0, b""
+            while sender.poll() is None:
+                now = time.perf_counter()
+                if not sent_at or now - sent_at > 0.02:
+                    number += 1
+                    sent_at = now
+                    sending.sendto(probe(number), ("127.0.0.1", running.port))
+                for fd, _ in poller.poll(2):
+                    size = by_number[fd].recv_into(room)
+                    if fd == first:
+                        text = tail + room[:size]
+                        if b'"probe", "timestamp_ms": %d,' % number in text:
+                            delays.append(time.perf_counter() - sent_at)
+                            sent_at = now
+                        tail = text[-64:]
+            finish_sender(sender)
+            share = (cpu_seconds(running.process.pid) - before) / (time.perf_counter() - began) * 100
+            stats = running.settled_stats()
+        merged = stats["watch"]["merged_events"]
+        row("from send to event, 1,000 engines x 5/s, 20 readers of /watch", *quantiles(delays))
+        row("the same", f"{share:.0f} % of a core", f"{stats['watch']['events']:,} events, {merged} merged")
 
     def reading(self) -> None:
         for engines in (100, 1000, 10_000):
@@ -429,6 +480,7 @@ def main() -> None:
         "growth",
         "everyday",
         "visible",
+        "watching",
         "reading",
         "readers",
         "memory",
