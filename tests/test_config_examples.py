@@ -1,0 +1,387 @@
+"""The Kubernetes examples: they agree with the settings, with each other, with the image and with the engines' side.
+
+Against the Kubernetes schemas they are checked in .ci/kubernetes, which also holds `read_documents` to a real parser.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import unittest
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from config import SETTINGS, Config, ConfigError, read_config, unknown_variables
+from tests.harness import TOP, daemon, datagram
+
+EXAMPLES = TOP / "config_examples"
+NAMESPACE = "vllm"
+BUILT_IN = ("v1", "apps/v1", "networking.k8s.io/v1", "policy/v1")  # needs nothing to be installed in the cluster
+
+
+def read_documents(text: str) -> list[Any]:
+    """The documents of a file of block mappings, lists and one-line values; ValueError for all else that YAML knows."""
+    documents = []
+    for part in re.split(r"^---$", text, flags=re.MULTILINE):
+        lines = [line for line in part.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        if lines:
+            rest = [(len(line) - len(line.lstrip(" ")), line.strip(" ")) for line in reversed(lines)]
+            documents.append(_read_block(rest, 0))
+            if rest:
+                raise ValueError(f"not understood: {rest[-1][1]}")
+    return documents
+
+
+def _read_block(rest: list[tuple[int, str]], indent: int) -> Any:
+    """A mapping or a list; `rest` has the lines that follow, the next one last."""
+    items: list[Any] = []
+    mapping: dict[str, Any] = {}
+    while rest and rest[-1][0] == indent:
+        _, content = rest.pop()
+        if content.startswith("- "):
+            rest.append((indent + 2, content[2:].strip(" ")))
+            is_block = re.match(r"[^\s\"]+:( |$)", rest[-1][1])
+            items.append(_read_block(rest, indent + 2) if is_block else _read_value(rest.pop()[1]))
+            continue
+        found = re.fullmatch(r"([A-Za-z][\w./-]*):(?: +(.+))?", content)
+        if not found or found[1] in mapping:
+            raise ValueError(f"not understood: {content}")
+        if found[2] is None:
+            if not rest or rest[-1][0] <= indent:
+                raise ValueError(f"nothing follows: {content}")
+            mapping[found[1]] = _read_block(rest, rest[-1][0])
+        else:
+            mapping[found[1]] = _read_value(found[2])
+    if bool(items) == bool(mapping) or (rest and rest[-1][0] > indent):
+        raise ValueError("not understood: neither a list nor a mapping")
+    return items or mapping
+
+
+def _read_value(text: str) -> Any:
+    if text.startswith('"') or text in ("[]", "{}", "true", "false") or re.fullmatch("0|[1-9][0-9]*", text):
+        return json.loads(text)
+    if not re.fullmatch(r"[A-Za-z0-9/-][\w./:=-]*", text) or re.fullmatch(
+        r"y|n|yes|no|on|off|null|true|false|-|---|[-+]?[0-9][0-9_.:e-]*|0[xo].*|.*:", text, re.IGNORECASE
+    ):
+        raise ValueError(f"quote it: {text}")
+    return text
+
+
+def manifests(*paths: Path) -> list[Any]:
+    return [document for path in paths for document in read_documents(path.read_text(encoding="utf-8"))]
+
+
+def applied_files() -> list[Path]:
+    """What `kubectl apply -f config_examples` applies, in its order: these endings, without subfolders."""
+    return sorted(path for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".yml", ".json"))
+
+
+def applied(kind: str) -> Any:
+    """The only object of a kind."""
+    (found,) = (document for document in manifests(*applied_files()) if document["kind"] == kind)
+    return found
+
+
+def services() -> list[Any]:
+    return [document for document in manifests(*applied_files()) if document["kind"] == "Service"]
+
+
+def service(protocol: str) -> Any:
+    """The only Service that has a port of a protocol."""
+    (found,) = (one for one in services() if protocol in [port["protocol"] for port in one["spec"]["ports"]])
+    return found
+
+
+def gateway_pod() -> Any:
+    return applied("Deployment")["spec"]["template"]
+
+
+def gateway_container() -> Any:
+    (container,) = gateway_pod()["spec"]["containers"]
+    return container
+
+
+def settings() -> dict[str, str]:
+    """The environment that the ConfigMap makes."""
+    data: dict[str, str] = applied("ConfigMap")["data"]
+    return data
+
+
+def config() -> Config:
+    return read_config(settings())
+
+
+def injected_variables(name: str, ports: list[Any]) -> set[str]:
+    """What Kubernetes injects for a Service into every pod of its namespace that has enableServiceLinks on.
+
+    A headless one injects nothing; it is held to the same names, since it may become another kind some day.
+    """
+    prefix = name.upper().replace("-", "_")
+    variables = {f"{prefix}_SERVICE_HOST", f"{prefix}_SERVICE_PORT", f"{prefix}_PORT"}
+    for port in ports:
+        of_port = f"{prefix}_PORT_{port['port']}_{port['protocol']}"
+        variables |= {of_port, f"{of_port}_PROTO", f"{of_port}_PORT", f"{of_port}_ADDR"}
+        if "name" in port:
+            variables.add(f"{prefix}_SERVICE_PORT_{port['name'].upper().replace('-', '_')}")
+    return variables
+
+
+def quantity(text: str) -> int:
+    """A Kubernetes quantity of bytes."""
+    found = re.fullmatch(r"([0-9]+)(Ki|Mi|Gi)", text)
+    assert found, text
+    return int(found[1]) << {"Ki": 10, "Mi": 20, "Gi": 30}[found[2]]
+
+
+class Reader(unittest.TestCase):
+    """What these tests read the manifests with refuses what it does not understand."""
+
+    def test_it_reads_what_the_examples_use(self) -> None:
+        text = '---\n# why\na: "9999"\nb:\n  - c: 1\n    d/e: f\n  - c: 2\n    g: []\nh:\n  - --i=j\n---\nk: true\n'
+        self.assertEqual(
+            read_documents(text),
+            [{"a": "9999", "b": [{"c": 1, "d/e": "f"}, {"c": 2, "g": []}], "h": ["--i=j"]}, {"k": True}],
+        )
+
+    def test_it_refuses_all_else(self) -> None:
+        for text in (
+            *("a: b # c", "a: yes", "a: 1.5", "a: 010", "a: 0x1f", "a: 1e3", "a: 2026-01-01", "a: null", "a: ~", "a:"),
+            *("a: |\n  b", "a: {b: c}", "a: [b]", "a: &b c", "a: 'b'", "a: 1\na: 2", "a: 1\n  b: 2", "- a\nb: c", "a"),
+        ):
+            with self.subTest(text), self.assertRaises(ValueError):
+                read_documents(text)
+
+
+class Applied(unittest.TestCase):
+    """`kubectl apply -f config_examples` takes each .yaml, .yml and .json at the top level, in order of their names."""
+
+    def test_all_are_manifests_of_the_namespace(self) -> None:
+        """Nothing needs a custom resource, or a namespace other than the one that the guide creates."""
+        self.assertTrue(applied_files())
+        for path in applied_files():
+            for document in manifests(path):
+                with self.subTest(path.name, kind=document.get("kind")):
+                    self.assertIn(document["apiVersion"], BUILT_IN)
+                    self.assertEqual(document["metadata"]["namespace"], NAMESPACE)
+
+    def test_each_object_is_there_once(self) -> None:
+        """Applied twice, they change nothing: no two files hold the same object."""
+        names = [(document["kind"], document["metadata"]["name"]) for document in manifests(*applied_files())]
+        self.assertEqual(sorted(names), sorted(set(names)))
+
+    def test_the_settings_come_before_what_reads_them(self) -> None:
+        kinds = [document["kind"] for document in manifests(*applied_files())]
+        self.assertLess(kinds.index("ConfigMap"), kinds.index("Deployment"))
+
+    def test_each_file_begins_a_document(self) -> None:
+        """So that all of them can be piped through sed into `kubectl apply -f -`, for a namespace of another name."""
+        for path in applied_files():
+            with self.subTest(path.name):
+                self.assertTrue(path.read_text(encoding="utf-8").startswith("---\n"))
+
+    def test_selectors_find_the_gateway(self) -> None:
+        labels = gateway_pod()["metadata"]["labels"]
+        selectors = [one["spec"]["selector"] for one in services()]
+        for kind in ("Deployment", "PodDisruptionBudget"):
+            selectors.append(applied(kind)["spec"]["selector"]["matchLabels"])
+        selectors.append(applied("NetworkPolicy")["spec"]["podSelector"]["matchLabels"])
+        for selector in selectors:
+            self.assertTrue(selector)
+            self.assertLessEqual(selector.items(), labels.items())
+
+
+class Settings(unittest.TestCase):
+    """The ConfigMap holds settings that the gateway has and accepts."""
+
+    def test_they_are_accepted(self) -> None:
+        self.assertLessEqual(settings().keys(), {setting.variable for setting in SETTINGS})
+        self.assertEqual(unknown_variables(settings()), [])
+        self.assertEqual(config().network_mode, "unicast")
+
+    def test_the_container_reads_them(self) -> None:
+        (source,) = gateway_container()["envFrom"]
+        self.assertEqual(source["configMapRef"]["name"], applied("ConfigMap")["metadata"]["name"])
+
+    def test_the_ports_agree_everywhere(self) -> None:
+        container, pod = gateway_container(), gateway_pod()
+        self.assertEqual(config().udp_port, read_config({}).udp_port)
+        (udp,), (http) = service("UDP")["spec"]["ports"], service("TCP")["spec"]["ports"][0]
+        self.assertEqual({udp["port"], udp["targetPort"]}, {config().udp_port})
+        self.assertEqual(http["port"], config().http_port)
+        (port,) = container["ports"]
+        self.assertEqual((port["name"], port["containerPort"]), (http["targetPort"], config().http_port))
+        self.assertEqual(pod["metadata"]["annotations"]["prometheus.io/port"], str(config().http_port))
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            self.assertEqual(container[probe]["httpGet"]["port"], port["name"])
+
+    def test_no_port_number_is_listed_twice(self) -> None:
+        """`kubectl apply` merges lists of ports by their number alone: of 9999 UDP and TCP one could be lost."""
+        for ports in (gateway_container()["ports"], *(one["spec"]["ports"] for one in services())):
+            numbers = [port.get("port", port.get("containerPort")) for port in ports]
+            self.assertEqual(len(numbers), len(set(numbers)))
+
+
+class ServiceNames(unittest.TestCase):
+    """Kubernetes injects environment variables for every Service; none may be taken for a setting."""
+
+    def test_no_injected_variable_is_a_setting(self) -> None:
+        """Neither the gateway's nor the agent's nor vLLM's, which all begin with VLLM_."""
+        for one in services():
+            for variable in injected_variables(one["metadata"]["name"], one["spec"]["ports"]):
+                with self.subTest(variable):
+                    self.assertNotIn(variable, {setting.variable for setting in SETTINGS})
+                    self.assertFalse(variable.startswith("VLLM_"))
+
+    def test_the_danger_is_real(self) -> None:
+        """The obvious name would inject a setting, and the gateway would not start."""
+        injected = injected_variables("vllm-state-gateway-http", service("TCP")["spec"]["ports"])
+        collisions = injected & {setting.variable for setting in SETTINGS}
+        self.assertEqual(collisions, {"VLLM_STATE_GATEWAY_HTTP_PORT"})
+        with self.assertRaisesRegex(ConfigError, "enableServiceLinks: false"):
+            read_config({"VLLM_STATE_GATEWAY_HTTP_PORT": "tcp://10.96.0.10:9999"})
+
+    def test_no_pod_takes_them(self) -> None:
+        self.assertIs(gateway_pod()["spec"]["enableServiceLinks"], False)
+        self.assertIs(engine_pod()["spec"]["enableServiceLinks"], False)
+
+
+class Pod(unittest.TestCase):
+    """One gateway, which may do nothing but run."""
+
+    def test_there_is_one_at_a_time(self) -> None:
+        """Two would each know a part of the engines."""
+        spec = applied("Deployment")["spec"]
+        self.assertEqual((spec["replicas"], spec["strategy"]), (1, {"type": "Recreate"}))
+
+    def test_a_drain_of_its_node_is_never_held_up(self) -> None:
+        budget = applied("PodDisruptionBudget")["spec"]
+        self.assertEqual((budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]), (1, "AlwaysAllow"))
+        self.assertNotIn("minAvailable", budget)
+
+    def test_it_has_no_rights(self) -> None:
+        """What the Pod Security Standard `restricted` asks for, and more."""
+        pod, container = gateway_pod()["spec"], gateway_container()
+        allowed = {"runAsNonRoot", "runAsUser", "runAsGroup", "fsGroup", "seccompProfile"}
+        self.assertEqual(pod["securityContext"].keys(), allowed)
+        self.assertIs(pod["securityContext"]["runAsNonRoot"], True)
+        self.assertEqual(pod["securityContext"]["seccompProfile"], {"type": "RuntimeDefault"})
+        self.assertIs(pod["automountServiceAccountToken"], False)
+        self.assertEqual(
+            container["securityContext"],
+            {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            },
+        )
+        self.assertFalse([name for name in pod if name.startswith("host") or name.endswith("Containers")])
+        self.assertEqual([volume.keys() for volume in pod["volumes"]], [{"name", "emptyDir"}])
+        self.assertFalse([port for port in container["ports"] if "hostPort" in port])
+
+    def test_its_user_is_the_images(self) -> None:
+        context = gateway_pod()["spec"]["securityContext"]
+        self.assertEqual(context["runAsUser"], context["fsGroup"])
+        parts = [TOP / "Dockerfile", TOP / "docker-entrypoint.sh"]
+        texts = [part.read_text(encoding="utf-8") for part in parts if part.exists()]
+        users = set(re.findall(r"^(?:USER |user=)([0-9]+)\b", "\n".join(texts), re.MULTILINE))
+        if not users:
+            self.skipTest("no Dockerfile or docker-entrypoint.sh here names a user")
+        self.assertEqual(users, {str(context["runAsUser"])})
+
+    def test_the_log_fits_its_volume(self) -> None:
+        """A pod whose volume, or whose storage in all, grows beyond the limit is evicted: a tenth is kept free."""
+        (volume,), (mount,) = gateway_pod()["spec"]["volumes"], gateway_container()["volumeMounts"]
+        self.assertEqual(volume["name"], mount["name"])
+        self.assertEqual(str(Path(config().log_file).parent), mount["mountPath"])
+        most = config().log_max_bytes * (config().log_backups + 1)
+        self.assertGreater(most, 0)
+        size = quantity(volume["emptyDir"]["sizeLimit"])
+        self.assertGreaterEqual(size, most * 1.1)
+        resources = gateway_container()["resources"]
+        self.assertGreaterEqual(quantity(resources["requests"]["ephemeral-storage"]), size)
+        self.assertGreaterEqual(quantity(resources["limits"]["ephemeral-storage"]), size + (100 << 20))
+
+    def test_it_has_time_to_stop(self) -> None:
+        """It stops within 5 s; a kill before that would lose what is not written yet."""
+        self.assertGreater(gateway_pod()["spec"]["terminationGracePeriodSeconds"], 5)
+
+    def test_the_image_is_the_one_that_the_guide_names(self) -> None:
+        self.assertEqual(gateway_container()["image"], "elrar/state-gateway:latest")
+
+
+class Running(unittest.TestCase):
+    """The real gateway, with the ConfigMap's settings, does what the manifests say of it."""
+
+    def test_probes_scrapes_and_engines_are_answered(self) -> None:
+        """Each probe, the scrape, and a state of an engine that is named as in the engines' example."""
+        container = gateway_container()
+        paths = {container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+        self.assertEqual(paths, {"/readyz", "/livez"})
+        self.assertEqual(container["livenessProbe"]["httpGet"]["path"], "/livez")
+        paths.add(gateway_pod()["metadata"]["annotations"]["prometheus.io/path"])
+        engine_id = engine_environment()["VLLM_ELRAR_ENGINE_ID"].replace("$(POD_IP)", "10.244.1.7")
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "data" / Path(config().log_file).name
+            changed = {"VLLM_STATE_GATEWAY_UDP_PORT": 0, "VLLM_STATE_GATEWAY_LOG_FILE": log}
+            with daemon(Path(folder), **{**settings(), **changed}) as running:
+                for path in sorted(paths):
+                    with self.subTest(path):
+                        self.assertEqual(running.ask(path).status, 200)
+                running.send(datagram(engine_id=engine_id))
+                running.wait_received(1)
+                self.assertEqual(running.ask(f"/engines/{urllib.parse.quote(engine_id, safe='')}").status, 200)
+                self.assertEqual(running.stop(), 0)
+            self.assertTrue(log.exists())
+
+
+def engine_deployment() -> Any:
+    (deployment,) = manifests(*sorted((EXAMPLES / "engines").glob("*.yaml")))
+    return deployment
+
+
+def engine_pod() -> Any:
+    return engine_deployment()["spec"]["template"]
+
+
+def engine_environment() -> dict[str, str]:
+    """The engine's variables, in their order; those that come from the pod itself are empty."""
+    (container,) = engine_pod()["spec"]["containers"]
+    return {variable["name"]: variable.get("value", "") for variable in container["env"]}
+
+
+class Engines(unittest.TestCase):
+    """The engines' example pushes to this gateway, and is let through to it."""
+
+    def test_it_pushes_to_the_headless_service(self) -> None:
+        target, environment = service("UDP"), engine_environment()
+        self.assertEqual(environment["VLLM_ELRAR_NETWORK_MODE"], "unicast")
+        self.assertEqual(environment["VLLM_ELRAR_GATEWAY_HOST"], target["metadata"]["name"])
+        self.assertEqual(engine_deployment()["metadata"]["namespace"], target["metadata"]["namespace"])
+        self.assertEqual(environment["VLLM_ELRAR_GATEWAY_PORT"], str(config().udp_port))
+        self.assertEqual(target["spec"]["clusterIP"], "None")
+
+    def test_its_id_is_its_url(self) -> None:
+        """Kubernetes puts in only variables that are defined above the one that uses them."""
+        names = list(engine_environment())
+        self.assertLess(names.index("POD_IP"), names.index("VLLM_ELRAR_ENGINE_ID"))
+        (container,) = engine_pod()["spec"]["containers"]
+        (port,) = container["ports"]
+        self.assertEqual(engine_environment()["VLLM_ELRAR_ENGINE_ID"], f"http://$(POD_IP):{port['containerPort']}")
+
+    def test_the_policy_lets_engines_push_and_readers_read(self) -> None:
+        policy = applied("NetworkPolicy")["spec"]
+        self.assertEqual(policy["policyTypes"], ["Ingress", "Egress"])
+        self.assertNotIn("egress", policy)  # an empty list would make each `kubectl apply` say "configured"
+        pushers, readers = policy["ingress"]
+        self.assertEqual(pushers["ports"], [{"protocol": "UDP", "port": config().udp_port}])
+        self.assertEqual(readers["ports"], [{"protocol": "TCP", "port": config().http_port}])
+        (engines,) = pushers["from"]
+        self.assertLessEqual(engines["podSelector"]["matchLabels"].items(), engine_pod()["metadata"]["labels"].items())
+        for peer in readers["from"]:
+            self.assertTrue(peer["podSelector"]["matchLabels"])
+
+
+if __name__ == "__main__":
+    unittest.main()
