@@ -25,6 +25,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import faulthandler
 import http.client
 import logging
 import os
@@ -628,6 +629,7 @@ class _Exits:
 
 def _run_daemon(config: Config) -> int:
     _occupy_standard_descriptors()
+    faulthandler.enable(2)  # a crash, or systemd's watchdog, shows where every thread was
     exits = _Exits()
     daemon_log = DaemonLog(config.log_level)
     try:

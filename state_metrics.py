@@ -5,7 +5,10 @@ To add a counter, add it where it is counted, to `StateGateway.get_stats`, and h
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from engine_state import EngineState
@@ -24,8 +27,10 @@ def _labels(labels: Labels) -> str:
     return f"{{{inside}}}" if inside else ""
 
 
-def _family(name: str, kind: str, meaning: str, samples: Iterable[tuple[Labels, float]]) -> str:
-    name = PREFIX + name
+def _family(
+    name: str, kind: str, meaning: str, samples: Iterable[tuple[Labels, float]], *, prefix: str = PREFIX
+) -> str:
+    name = prefix + name
     lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
     lines += [f"{name}{_labels(labels)} {+value!r}" for labels, value in samples]
     return "\n".join(lines) + "\n"
@@ -86,6 +91,17 @@ def engine_metrics(views: list[EngineView]) -> bytes:
     return b"".join(parts)
 
 
+def _process_metrics() -> list[str]:
+    """What the process takes, by the names that Prometheus' own client libraries use."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_s = used.ru_utime + used.ru_stime
+    parts = [_family("cpu_seconds_total", "counter", "CPU time, user and system", [({}, cpu_s)], prefix="process_")]
+    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux only
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        parts.append(_family("resident_memory_bytes", "gauge", "Resident memory", [({}, resident)], prefix="process_"))
+    return parts
+
+
 def gateway_metrics(stats: dict[str, Any]) -> bytes:
     """The gateway's own counters and settings, from the same numbers as /stats."""
     live, total = stats["active_engines"], stats["total_engines"]
@@ -99,7 +115,8 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
         "rejected_source": stats["rejected_source"],
     }
     log, http, watch = stats["log"], stats["http"], stats["watch"]
-    info = {name: str(stats[name]) for name in ("version", "network_mode", "bind_address", "udp_port", "instance")}
+    info = {name: str(stats[name]) for name in ("version", "network_mode", "bind_address", "udp_port")}
+    info["gateway_instance"] = stats["instance"]  # Prometheus has an `instance` of its own
     parts = [
         _family("info", "gauge", "What runs, as labels", [(info, 1)]),
         _gauge("uptime_seconds", "Time since the gateway started", stats["uptime_s"]),
@@ -132,6 +149,7 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
         _counter("own_log_lines_dropped_total", "Lines of the daemon's own log that stderr did not take",
                  stats["own_log_dropped"]),
     ]  # fmt: skip
+    parts += _process_metrics()
     if stats["kernel_dropped"] is not None:
         parts.append(_counter("kernel_dropped_datagrams_total", "Datagrams the kernel dropped, its buffer being full",
                               stats["kernel_dropped"]))  # fmt: skip

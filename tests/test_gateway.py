@@ -143,7 +143,7 @@ class Statistics(GatewayCase):
         self.assertEqual(set(types), set(samples))
         for name, kind in types.items():
             with self.subTest(name):
-                self.assertTrue(name.startswith("elrar_state_gateway_"))
+                self.assertTrue(name.startswith(("elrar_state_gateway_", "process_")))
                 self.assertEqual(name.endswith("_total"), kind == "counter")
                 self.assertNotRegex(name, "_ms$|_ms_|milli|kilo|mega")
         outcomes = {dict(labels)["outcome"]: n for labels, n in samples["elrar_state_gateway_datagrams_total"].items()}

@@ -358,6 +358,20 @@ class Receivers(unittest.TestCase):
                 self.assertIsInstance(make_receiver(sock), PortableReceiver)
             with mock.patch("udp_receiver.sys.platform", "darwin"):
                 self.assertIsInstance(make_receiver(sock), PortableReceiver)
+            with mock.patch.object(BatchReceiver, "is_allowed", return_value=False):
+                self.assertIsInstance(make_receiver(sock), PortableReceiver)
+
+    @unittest.skipUnless(sys.platform == "linux", "recvmmsg is Linux's")
+    def test_asking_whether_recvmmsg_is_allowed_takes_nothing(self) -> None:
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(self.ipv4_alone(stack))
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+                sending.sendto(b"waits", sock.getsockname())
+            receiver = BatchReceiver(sock)
+            self.assertTrue(receiver.is_allowed())
+            self.assertEqual([one for one, _ in receiver.receive()], [b"waits"])
+            with mock.patch.object(receiver, "_recvmmsg", return_value=-1):
+                self.assertFalse(receiver.is_allowed())
 
 
 if __name__ == "__main__":
