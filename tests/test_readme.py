@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -39,12 +40,13 @@ from tests.harness import (
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 TOOLS = ("nc", "curl", "ss", "grep", "tail")
-RUN_ELSEWHERE = {
+RUN_ELSEWHERE = {  # by other tests, or by .ci/container and .ci/kubernetes
     "python3 gateway.py",
     "python3 -m unittest",
     "./start_gateway_unicast.sh",
     "pkill -f gateway.py",
     "python3 benchmarks/bench.py",
+    "sed 's/namespace: vllm$/namespace: vllm-b/' config_examples/*.yaml | kubectl apply -f -",
 }
 
 
@@ -217,15 +219,37 @@ class Commands(unittest.TestCase):
         self.assertEqual(running.stop(), 0)
 
     def test_every_line_of_the_shell_blocks_is_known_to_work(self) -> None:
+        tried = 0
         for language, text in blocks(ENGLISH):
-            for line in text.splitlines() if language == "bash" else ():
+            for line in text.replace("\\\n", "").splitlines() if language == "bash" else ():
                 export = re.fullmatch(rf' *export ({PREFIX}\w+)="([^"]*)"', line)
                 with self.subTest(line):
                     if export:
-                        self.assertIn(export[1], [setting.variable for setting in SETTINGS])
-                        read_config({export[1]: export[2]})
+                        self.assert_setting(export[1], export[2])
+                    elif line.startswith(("docker ", "kubectl ")):
+                        self.assert_names_what_is_here(shlex.split(line))
                     else:
                         self.assertIn(line.strip(), RUN_ELSEWHERE)
+                    tried += 1
+        self.assertGreater(tried, 20)
+
+    def assert_setting(self, variable: str, value: str) -> None:
+        self.assertIn(variable, [setting.variable for setting in SETTINGS])
+        read_config({variable: value})
+
+    def assert_names_what_is_here(self, command: list[str]) -> None:
+        """What no container engine or cluster here can run whole: its settings, files and ports are this project's."""
+        for flag, value in itertools.pairwise(command):
+            if flag == "-e":
+                self.assert_setting(*value.split("=", 1))
+            elif flag == "-f":
+                self.assertTrue((TOP / value).exists(), value)
+            elif flag == "-p":
+                self.assertRegex(value, "^9999:9999/(udp|tcp)$")
+            elif flag == "-v":
+                self.assertRegex(value, ":/data$")
+        if command[1] == "run":
+            self.assertEqual(command[-1], "elrar/state-gateway:latest")
 
     def router_example(self) -> dict[str, Any]:
         program, *_ = [text for language, text in blocks(ENGLISH) if language == "python"]
