@@ -38,6 +38,7 @@ LINGER_S = 1.0  # for a refused request's bytes, so that the reader sees the ans
 TICK_S = 0.2
 TURN_S = 0.05  # of answering, before it is looked who else has come
 PAUSED_AFTER_S = 2.0  # a wait for a tick that takes ten
+STUCK_S = 2.0  # of taking nothing of a stream, where others wait for room
 STREAM_SEND_BUFFER = 128 * 1024  # bytes that are on their way to a reader of a stream
 STREAM_TICK_S = 0.002  # between two looks whether a stream has something to send
 REQUESTS_A_TURN = 16  # of one connection that pipelines, before the others have their turn
@@ -78,6 +79,10 @@ class Stream(Protocol):
     """An answer that goes on until its reader leaves."""
 
     content_type: str
+
+    @property
+    def is_large(self) -> bool:
+        """Whether what is to be sent next is large, and can wait for room."""
 
     def read(self) -> bytes:
         """What is to be sent next, or nothing where there is nothing yet; asked once all before has been sent."""
@@ -285,12 +290,17 @@ class HttpServer:
         now = self._clock()
         if self._streaming and now >= self._stream_at:
             self._stream_at = now + STREAM_TICK_S
-            for connection, stream in list(self._streaming.items()):
-                self._go_on(connection, stream)
+            for connection in list(self._streaming):
+                self._go_on(connection)
+                if self._clock() > now + TURN_S:
+                    self._stream_at = now  # the others' turn comes as soon as it has been looked who else has come
+                    break
         if now >= self._look_at_deadlines_at:
             self._look_at_deadlines_at = now + TICK_S
             for connection in [c for c in self._connections if c.deadline <= now]:
                 self._overdue(connection)
+            if self._unsent_bytes > MAX_UNSENT_BYTES // 2:
+                self._cut_off_stuck_streams(now)
             self._say()
             if not self._accepting and not self._refusing and not self._stopping and now >= self._accept_again_at:
                 self._selector.register(self._listener, selectors.EVENT_READ)
@@ -425,10 +435,12 @@ class HttpServer:
         if connection.phase != _WRITING and connection in self._connections:
             self._close(connection)
 
-    def _go_on(self, connection: _Connection, stream: Stream) -> None:
-        """Send what a stream has, where its reader has taken all before."""
-        if connection.unsent:
+    def _go_on(self, connection: _Connection) -> None:
+        """Send what a stream has, where its reader has taken all before, and where there is room for it."""
+        stream = self._streaming[connection]
+        if connection.unsent or (stream.is_large and self._unsent_bytes > MAX_UNSENT_BYTES // 2):
             return
+        self._streaming[connection] = self._streaming.pop(connection)  # to the end: the others come first next time
         try:
             text = stream.read()
         except Exception:
@@ -438,6 +450,13 @@ class HttpServer:
         if text:
             connection.deadline = self._clock() + RESPONSE_DEADLINE_S
             self._send_all(connection, [text])
+
+    def _cut_off_stuck_streams(self, now: float) -> None:
+        """Others wait for the room that these take: they are not given the whole RESPONSE_DEADLINE_S."""
+        for connection in list(self._streaming):
+            if connection.unsent and connection.deadline < now + RESPONSE_DEADLINE_S - STUCK_S:
+                self._reject("took nothing of its stream while others waited for room")
+                self._close(connection)
 
     def _end_streams(self) -> None:
         for connection in list(self._streaming):

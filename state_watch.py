@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from state_entry import AgesJson, lasting_json
 from state_store import Row, StateStore
@@ -133,6 +133,7 @@ class Watch:
             engine_id = row[0]
             self._stale.discard(engine_id)
             self._last.pop(engine_id, None)
+            self._removed.pop(engine_id, None)  # so that it goes to the end
             event = self._removed[engine_id] = _Event(self.next_number(), REMOVED, engine_id, row)
             events.append(event)
         for engine_id in heard:
@@ -253,9 +254,20 @@ class WatchReader:
         for event in events:
             if wanted and event.engine_id not in wanted:
                 continue
-            if waiting.pop(event.engine_id, None) is not None:
-                self._watch.merged_events += 1
+            replaced = waiting.pop(event.engine_id, None)
             waiting[event.engine_id] = event
+            if replaced is None:
+                continue
+            self._watch.merged_events += 1
+            if event.kind is STATE and replaced.kind is not STATE:
+                self._held_until.pop(event.engine_id, None)  # what was told of it last is not true any more
+                if replaced.kind is LIVE:
+                    waiting[event.engine_id] = replace(event, kind=LIVE)  # that it came back is not told yet
+
+    @property
+    def is_large(self) -> bool:
+        """Whether what is to be sent next is a snapshot."""
+        return self._needs_snapshot
 
     def read(self) -> bytes:
         """What is to be sent next, or nothing where there is nothing yet."""
@@ -274,7 +286,8 @@ class WatchReader:
         if self._needs_snapshot:
             self._needs_snapshot = False
             self._watch.events += 1
-            return b"%bid: %d\nevent: snapshot\ndata: %b\n\n" % (hello, self._watch.number, self._snapshot().rstrip())
+            number = self._watch.next_number()
+            return b"%bid: %d\nevent: snapshot\ndata: %b\n\n" % (hello, number, self._snapshot().rstrip())
         if self._news is not None:
             news, self._news = self._news, None
             return hello + self._watch.write_news(news)

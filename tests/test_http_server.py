@@ -18,11 +18,34 @@ from tests.harness import DEADLINE_S, FakeClock, wait_until
 BIG = b'"' + b"x" * (6 << 20) + b'"'  # more than the sockets' buffers hold for a reader with a small one
 
 
+class LargeStream:
+    """A stream that begins with something large, and has nothing after it."""
+
+    content_type = "text/event-stream"
+
+    def __init__(self) -> None:
+        self.is_large = True
+        self.is_open = True
+
+    def read(self) -> bytes:
+        is_first, self.is_large = self.is_large, False
+        return BIG if is_first else b""
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+STREAMS: list[LargeStream] = []
+
+
 def answer(target: str, last_event_id: str) -> Answer | Stream:
     if target == "/big":
         return Answer(200, BIG)
     if target == "/error":
         raise QueryError(404, "<b>no</b>")
+    if target == "/stream":
+        STREAMS.append(LargeStream())
+        return STREAMS[-1]
     if target == "/bug":
         raise ZeroDivisionError("a bug")
     return Answer(200, json.dumps({"target": target}).encode())
@@ -352,6 +375,51 @@ class Heads(unittest.TestCase):
                     parse_head(head)
             except BadRequest as error:
                 self.assertIn(error.status, http_server.REASON_PHRASES)
+
+
+class Streams(ServerCase):
+    """What readers of streams have not read is bounded, at the cost of those who read nothing."""
+
+    def setUp(self) -> None:
+        STREAMS.clear()
+        patched = mock.patch.object(http_server, "MAX_UNSENT_BYTES", 2 * len(BIG))
+        patched.start()
+        self.addCleanup(patched.stop)
+        super().setUp()
+
+    def tick(self) -> None:
+        self.clock.move(http_server.STREAM_TICK_S)
+
+    def test_what_is_large_waits_until_those_who_take_nothing_are_cut_off(self) -> None:
+        stuck = [self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(2)]
+        self.wait_requests(2)
+        self.tick()
+        wait_until("both to be given what is large", lambda: not any(stream.is_large for stream in STREAMS))
+        honest = self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.wait_requests(3)
+        self.tick()
+        self.assertEqual(self.ask(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")[0], 200)
+        self.assertTrue(STREAMS[2].is_large)
+        with self.assertLogs("elrar.http", "WARNING"):
+            self.clock.move(http_server.STUCK_S + 0.1)
+            wait_until("the stuck ones to be closed", lambda: not any(stream.is_open for stream in STREAMS[:2]))
+        self.assertEqual(self.server.rejected_connections, 2)
+        self.tick()
+        wait_until("the third to have its turn", lambda: not STREAMS[2].is_large)
+        while honest.file.readline() != b"\r\n":
+            pass
+        self.assertEqual(honest.file.read(len(BIG)), BIG)
+        self.assertTrue(STREAMS[2].is_open)
+        del stuck
+
+    def test_one_that_reads_slowly_is_not_cut_off(self) -> None:
+        slow = self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.wait_requests(1)
+        for _ in range(10):
+            self.tick()
+            self.assertTrue(slow.file.read(len(BIG) // 20))
+            self.clock.move(http_server.RESPONSE_DEADLINE_S / 2)
+        self.assertTrue(STREAMS[0].is_open)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,24 @@ class Resuming(WatchCase):
         (event,) = parse(self.open("/watch?min_interval_ms=1000", str(last)).read())
         self.assertEqual(event.kind, "snapshot")
 
+    def test_one_removed_twice_in_a_row_is_told_as_the_later(self) -> None:
+        reader = self.watching()
+        self.push("a", "b")
+        self.read(reader)
+        self.move(7.0)
+        self.read(reader)
+        self.push("a")
+        self.move(7.0)  # gone again, with no look in between
+        self.read(reader)
+        self.assertEqual(list(self.watch._removed), ["b", "a"])
+
+    def test_a_snapshot_has_a_number_of_its_own(self) -> None:
+        reader = self.watching("/watch?min_interval_ms=1000")
+        self.push("a")
+        last = self.read(reader)[-1].number
+        (event,) = parse(self.open("/watch?min_interval_ms=1000", str(last)).read())
+        self.assertGreater(event.number, last)
+
     def test_what_is_kept_of_the_removed_is_bounded(self) -> None:
         reader = self.watching()
         last = self.watch.number
@@ -346,6 +364,22 @@ class Narrowed(WatchCase):
         self.read(reader)
         self.assertEqual(self.kinds(self.read(reader, 2.0)), [("stale", "a")])
         self.assertEqual(self.kinds(self.read(reader, 4.0)), [("removed", "a")])
+
+    def test_who_came_back_is_told_at_once_even_if_it_pushes_again_before(self) -> None:
+        reader, quick = self.watching("/watch?min_interval_ms=60000"), self.watching()
+        self.push("a")
+        self.read(reader)
+        self.assertEqual(self.kinds(self.read(reader, 2.5)), [("stale", "a")])
+        for _ in range(2):
+            self.push("a")
+            self.read(quick, 0.001)
+        self.assertEqual(self.kinds(self.read(reader)), [("live", "a")])
+        self.move(7.0)
+        self.read(quick)  # it is removed, and back before this reader was told
+        self.push("a")
+        self.read(quick, 0.001)
+        (event,) = self.read(reader)
+        self.assertEqual((event.kind, event.data["status"]), ("state", "live"))
 
     def test_what_is_no_interval_is_refused(self) -> None:
         for interval in ("", "-1", "x", "1.5", "3600001", "99999999999", "１"):
