@@ -75,7 +75,10 @@ def somebody(user: int) -> list[str]:
     return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", DROPPED]
 
 
-@unittest.skipIf(why_not(), why_not())
+WHY_NOT = why_not()
+
+
+@unittest.skipIf(WHY_NOT, WHY_NOT)
 class EntryScriptTest(unittest.TestCase):
     def setUp(self) -> None:
         stack = contextlib.ExitStack()
