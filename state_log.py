@@ -235,14 +235,14 @@ class StateLog:
             )
 
     def _take_waiting(self) -> None:
-        """Join what waits to pieces of about WRITE_BYTES, so that many small batches are one write."""
+        """Join what waits to pieces of up to WRITE_BYTES, so that many small batches are one write."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
         waiting.reverse()
         while waiting:
             parts: list[bytes] = []
             states = size = 0
-            while waiting and size < WRITE_BYTES:
+            while waiting and (not parts or size + len(waiting[-1].data) <= WRITE_BYTES):
                 lines = waiting.pop()
                 parts.append(lines.data)
                 states += lines.states
@@ -271,7 +271,9 @@ class StateLog:
                 if not select.select([], [self._fd], [], 0 if self._stopping.is_set() else PIPE_PATIENCE_S)[1]:
                     raise
                 continue
-            if lines.states:
+            if wrote == len(data):
+                self._written += lines.states  # counting its lines takes a tenth of a microsecond each
+            elif lines.states:
                 self._written += data.count(b"\n", lines.offset, lines.offset + wrote)
             lines.offset += wrote
             self.moved_at = self._clock()

@@ -20,7 +20,7 @@ from config import BROADCAST, Network
 from daemon_log import OncePerMinute
 from engine_state import InvalidDatagram, as_state, parse_datagram, recognise_usual
 from state_log import StateLog
-from state_store import DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
+from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
 from udp_receiver import BATCH_DATAGRAMS, Datagram, make_receiver, unpack_address
 
 logger = logging.getLogger("elrar.listener")
@@ -240,7 +240,7 @@ class UdpListener:
                     self._invalid.example(f"{error} bytes={len(datagram)} source={source}")
         outcomes = self._store.take(batch)
         if self._log is not None:
-            if DUPLICATE in outcomes or REJECTED_CAPACITY in outcomes:
+            if outcomes.count(ACCEPTED) < len(outcomes):
                 states = [
                     received
                     for received, outcome in zip(states, outcomes, strict=True)
