@@ -1,0 +1,639 @@
+"""The status page: what may be in the file, and, where it is asked for, the page in a real Chromium.
+
+STATE_GATEWAY_BROWSER_TESTS=1 runs the browser's part, which needs chromium and chromedriver (Debian: chromium-driver).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import unittest
+from collections.abc import Iterator
+from typing import Any
+
+from engine_state import REASONS
+from state_watch import MAX_READERS
+from tests.harness import DEADLINE_S, TOP, Daemon, daemon, datagram, free_port, heartbeat, wait_until
+
+PAGE = (TOP / "status_page.html").read_text(encoding="utf-8")
+SVG = "http://www.w3.org/2000/svg"  # the name of a language, and no address that is asked for anything
+ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"  # as WebDriver writes them
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "a'b\"c&amp;d `${alert(3)}`",
+    "../../etc/passwd?x#y%2e",
+    "..",
+    "__proto__",
+    "محرك-الرياض",
+    "引擎-上海",
+    "x" * 256,
+]
+
+
+def element(name: str) -> str:
+    """The text of the one element of that name that has no attributes; fails where it is not the only one."""
+    (text,) = re.findall(rf"<{name}>(.*?)</{name}>", PAGE, flags=re.DOTALL)
+    return str(text)
+
+
+def markup() -> str:
+    """The page without the text of its script and style."""
+    return PAGE.replace(element("script"), "").replace(element("style"), "")
+
+
+class File(unittest.TestCase):
+    """The file keeps what the policy that it is served with asks of it, and has every text in both languages."""
+
+    def test_one_script_and_one_style_without_attributes(self) -> None:
+        for name in ("script", "style"):
+            self.assertEqual(len(re.findall(rf"<{name}\b", PAGE)), 1)
+            self.assertEqual(PAGE.count(f"</{name}>"), 1)
+            self.assertGreater(len(element(name)), 1000)
+        self.assertTrue(element("script").startswith('\n"use strict";\n'))
+
+    def test_nothing_inline_that_the_policy_would_refuse(self) -> None:
+        self.assertNotRegex(markup(), r"(?i)\son\w+\s*=")
+        self.assertNotRegex(markup(), r"(?i)\sstyle\s*=")
+        self.assertNotRegex(PAGE, r"(?i)javascript:")
+        self.assertNotRegex(element("script"), r'setAttribute\(\s*"(style|on\w+)"')
+
+    def test_no_text_becomes_markup_or_code(self) -> None:
+        for word in (
+            r"innerHTML", r"outerHTML", r"insertAdjacentHTML", r"document\.write", r"\beval\b", r"new Function",
+            r"DOMParser", r"createContextualFragment", r"srcdoc", r"setHTML", r'setTimeout\(\s*["\'`]', r"\bimport\b",
+        ):  # fmt: skip
+            self.assertNotRegex(element("script"), word)
+
+    def test_no_outside_resource(self) -> None:
+        self.assertEqual(set(re.findall(r"\w+://[^\s'\"`)]*", PAGE)), {SVG})
+        for name, value in re.findall(r"\s(href|src|action|srcset|data|poster)=\"([^\"]*)", markup()):
+            self.assertRegex(value, r"^(#|data:image/svg\+xml,)", name)
+        self.assertNotRegex(element("style"), r"url\(|@import|@font-face")
+        asked = re.findall(r"""(?:fetch|EventSource|ask)\(\s*["'`]([^"'`$?]*)""", element("script"))
+        self.assertEqual(set(asked), {"watch", "engines", "stats", "livez"})
+
+
+class Strings(unittest.TestCase):
+    """Every text is in the one table, in both languages."""
+
+    def setUp(self) -> None:
+        table = re.search(r"const STRINGS = (\{.*?\n\});\n", element("script"), flags=re.DOTALL)
+        assert table is not None
+        self.strings: dict[str, list[str]] = json.loads(table[1])
+        self.code = element("script").replace(table[0], "")
+
+    def test_both_languages_have_every_text(self) -> None:
+        languages = re.search(r"const LANGUAGES = (\[.*?\]);", self.code)
+        assert languages is not None
+        self.assertEqual(json.loads(languages[1]), ["en", "zh-CN"])
+        for key, texts in self.strings.items():
+            self.assertEqual(len(texts), 2, key)
+            english, chinese = texts
+            self.assertTrue(english.strip() and chinese.strip(), key)
+            named_in_english, named_in_chinese = (sorted(re.findall(r"\{\w+\}", text)) for text in texts)
+            self.assertEqual(named_in_english, named_in_chinese, key)
+            self.assertNotRegex(english, r"[\u3000-\u9fff\uff00-\uffef]", key)
+
+    def used(self) -> set[str]:
+        """The keys that the page asks for by name."""
+        keys = set(re.findall(r'data-t(?:-label)?="([^"]*)"', markup()))
+        for arguments in re.findall(r"\bt\(((?:[^(),]|\([^()]*\))*)[,)]", self.code):
+            keys |= set(re.findall(r'"([^"]*)"(?! \+)', arguments))
+        for arguments in re.findall(r'\bsay(?:Grown)?\("\w+", ([^,)]*)', self.code):
+            keys |= set(re.findall(r'"([^"]*)"', arguments))
+        keys |= set(re.findall(r'^  \["\w+", "(\w+)", \(', self.code, flags=re.MULTILINE))  # the columns
+        keys |= {f"is_{status}" for status in ("live", "stale", "unknown", "lost")}
+        return keys
+
+    def test_every_key_that_is_used_exists(self) -> None:
+        used = self.used()
+        self.assertGreater(len(used), 90)
+        self.assertEqual(used - set(self.strings), set())
+
+    def test_every_key_is_used(self) -> None:
+        code = self.code + markup()
+        unused = {key for key in self.strings if f'"{key}"' not in code} - self.used()
+        self.assertEqual(unused, {f"invalid_reasons.{reason}" for reason in REASONS}, "the reasons come by /stats")
+
+
+def why_no_browser() -> str:
+    """Why the browser's part is skipped, or nothing where it is not."""
+    if os.environ.get("STATE_GATEWAY_BROWSER_TESTS") != "1":
+        return "STATE_GATEWAY_BROWSER_TESTS=1 is not set"
+    for tool in ("chromedriver", "chromium"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not on this machine"
+    return ""
+
+
+class Browser:
+    """A headless Chromium with a new profile, driven by the WebDriver protocol; it talks to the loopback only."""
+
+    def __init__(self, language: str, width: int = 1440, height: int = 900) -> None:
+        self._driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        assert self._driver.stdout is not None
+        for line in self._driver.stdout:
+            started = re.search(rb"started successfully on port (\d+)", line)
+            if started:
+                break
+        else:
+            raise AssertionError("chromedriver ended without saying its port")
+        self._port = int(started[1])
+        arguments = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={self._profile.name}", f"--window-size={width},{height}", f"--accept-lang={language}",
+        ]  # fmt: skip
+        wanted = {
+            "browserName": "chrome",
+            "goog:loggingPrefs": {"browser": "ALL"},
+            "goog:chromeOptions": {"args": arguments, "binary": shutil.which("chromium")},
+        }
+        self._path = "/session"
+        session = self._call("POST", "", {"capabilities": {"alwaysMatch": wanted}})
+        self._path = f"/session/{session['sessionId']}"
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=2 * DEADLINE_S)
+        try:
+            connection.request(method, self._path + path, None if body is None else json.dumps(body))
+            value = json.loads(connection.getresponse().read())["value"]
+        finally:
+            connection.close()
+        if isinstance(value, dict) and "error" in value:
+            raise AssertionError(f"{path}: {value['error']}: {value['message']}")
+        return value
+
+    def open(self, url: str) -> None:
+        """Open a page, and wait until it is loaded; at the same address with another fragment it is not loaded anew."""
+        self._call("POST", "/url", {"url": url})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What the body of a function returns that is run in the page."""
+        return self._call("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def text(self, selector: str) -> str | None:
+        """The text of the first element, without what is hidden; None where there is none."""
+        return self.run("return document.querySelector(arguments[0])?.innerText ?? null", selector)  # type: ignore[no-any-return]
+
+    def click(self, selector: str) -> None:
+        """Click on the first element as a person does; fails where it is hidden or covered."""
+        found = self._call("POST", "/element", {"using": "css selector", "value": selector})
+        self._call("POST", f"/element/{next(iter(found.values()))}/click", {})
+
+    def press(self, *keys: str) -> None:
+        """Press keys, one after the other, wherever the focus is."""
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def resize(self, width: int, height: int) -> None:
+        """Make the view so large, below what a window can be."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
+        self._call("POST", "/goog/cdp/execute", command)
+
+    def complaints(self) -> list[str]:
+        """What the browser's console has said since the last time: errors, and what the policy refused."""
+        return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(AssertionError, OSError):
+            self._call("DELETE", "")
+        self._driver.terminate()
+        self._driver.wait(DEADLINE_S)
+        assert self._driver.stdout is not None
+        self._driver.stdout.close()
+        self._profile.cleanup()
+
+
+@contextlib.contextmanager
+def pushing(running: Daemon, count: int, interval_s: float) -> Iterator[None]:
+    """Engines that push for as long as the context lasts; engine-n has n tokens waiting."""
+    done = threading.Event()
+
+    def push() -> None:
+        turn = 0
+        while not done.wait(interval_s):
+            turn += 1
+            for first in range(0, count, 100):
+                numbers = range(first, min(count, first + 100))
+                running.send(
+                    *(datagram(engine_id=f"engine-{n}", timestamp_ms=turn, pending_tokens_total=n) for n in numbers)
+                )
+
+    pusher = threading.Thread(target=push)
+    pusher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        pusher.join()
+
+
+@unittest.skipIf(why_no_browser(), why_no_browser())
+class InChromium(unittest.TestCase):
+    """The page in a real browser, against the real daemon."""
+
+    browser: Browser
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.browser = Browser("en-US")
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self) -> None:
+        self.expected_complaints = "(?!)"  # none
+        self.browser.resize(1440, 900)
+
+    def tearDown(self) -> None:
+        said = [line for line in self.browser.complaints() if not re.search(self.expected_complaints, line)]
+        self.assertEqual(said, [], "the console is silent: no error, nothing that the policy refused")
+
+    @contextlib.contextmanager
+    def gateway(self, **settings: Any) -> Iterator[Daemon]:
+        """A gateway that the page is left before, so that it does not complain that it has gone."""
+        with daemon(**settings) as running:
+            try:
+                yield running
+            finally:
+                self.browser.open("about:blank")
+
+    def open(self, running: Daemon, fragment: str = "") -> None:
+        self.browser.open("about:blank")
+        self.browser.open(f"http://127.0.0.1:{running.http_port}/{fragment}")
+
+    def wait_text(self, selector: str, pattern: str) -> str:
+        """Wait until the element's text matches, and return it."""
+        seen: list[str | None] = [None]
+
+        def matches() -> bool:
+            seen[0] = self.browser.text(selector)
+            return seen[0] is not None and re.search(pattern, seen[0]) is not None
+
+        try:
+            wait_until(f"{selector} to say {pattern!r}", matches)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it says {seen[0]!r}") from None
+        return seen[0] or ""
+
+    def until(self, condition: str, *arguments: Any) -> None:
+        """Wait until an expression in the page is true."""
+        wait_until(condition, lambda: self.browser.run(f"return {condition}", *arguments))
+
+    def wait_rows(self, count: int) -> None:
+        self.until("document.querySelectorAll('#rows tr').length === arguments[0]", count)
+
+    def wait_sheet(self, engine_id: str) -> None:
+        """Wait until the sheet of one engine is open."""
+        wait_until(f"the sheet of {engine_id!r}", lambda: self.browser.text("#engine[open] #engine-name") == engine_id)
+
+    def cells(self, engine_id: str) -> dict[str, str]:
+        """What an engine's row says, by column."""
+        script = """
+          const rows = [...document.querySelectorAll("#rows tr")];
+          const row = rows.find((one) => one.querySelector("a").textContent === arguments[0]);
+          return row && Object.fromEntries([...row.cells].map((cell) => [cell.classList[0], cell.innerText.trim()]));"""
+        return wait_until(f"a row for {engine_id!r}", lambda: self.browser.run(script, engine_id))  # type: ignore[no-any-return]
+
+    def names(self) -> list[str]:
+        """The engines in the table, from the top."""
+        script = "return [...document.querySelectorAll('#rows a')].map((one) => one.textContent)"
+        return self.browser.run(script)  # type: ignore[no-any-return]
+
+    def wait_cell(self, engine_id: str, column: str, pattern: str) -> None:
+        wait_until(
+            f"{column} of {engine_id!r} to say {pattern!r}, and not {self.cells(engine_id)}",
+            lambda: re.search(pattern, self.cells(engine_id)[column]),
+        )
+
+    def test_engines_appear_go_stale_and_vanish(self) -> None:
+        """Without an engine the page says how to send a state; one that was sent is live, stale, and lost at last."""
+        with self.gateway(STALE_THRESHOLD=3000, EXPIRE_AFTER=6000) as running:
+            self.open(running)
+            self.wait_text("#empty-text", "No engine has been heard from yet")
+            self.wait_text("#try-command", rf"^echo '\{{.*\}}' \| nc -u -w1 127\.0\.0\.1 {running.udp_port}$")
+            self.wait_text("#notices", "^.\\s*All is well")
+            self.assertEqual(self.browser.text("#connection"), "Connected")
+            running.send(datagram(engine_id="first", latency_pred_ms=12.34, pending_tokens_total=4321))
+            self.wait_text("#live", "^1$")
+            cells = self.cells("first")
+            self.assertEqual(cells["status"], "live")
+            self.assertEqual(cells["latency"], "12.3")
+            self.assertEqual(cells["pending"], "4,321")
+            self.assertEqual(cells["kv"], "90%")
+            self.assertEqual(cells["capacity"], "1,000")
+            self.assertEqual(cells["mode"], "latency_optimized")
+            self.assertRegex(cells["source"], r"^127\.0\.0\.1:\d+$")
+            self.assertEqual(self.browser.run("return document.title"), "1 live, 0 stale - state gateway")
+            self.wait_cell("first", "status", "^stale$")
+            self.wait_text("#stale", "^1$")
+            self.assertEqual(self.browser.run("return document.title"), "0 live, 1 stale - state gateway")
+            self.wait_text("#lost", "^1$")
+            self.wait_rows(0)
+            self.wait_text("#notices", "No engine is live")
+            self.assertIn("first", self.wait_text("#notices", "Removed after falling silent"))
+            self.wait_text("#empty-text", "fell silent and were removed")
+            running.send(datagram(engine_id="first"))
+            self.wait_text("#lost", "^0$")
+            self.wait_cell("first", "status", "^live$")
+
+    def test_hostile_names_stay_text(self) -> None:
+        """Whatever an engine or a mode is called is shown as it is, makes no element, and can be opened and linked."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(*(datagram(engine_id=name, scheduling_mode=name[:64]) for name in HOSTILE))
+            self.open(running)
+            self.wait_text("#live", f"^{len(HOSTILE)}$")
+            for name in HOSTILE:
+                self.assertEqual(self.cells(name)["mode"], name[:64])
+                links = "[...document.querySelectorAll('#rows a')]"
+                self.browser.run(f"{links}.find((one) => one.textContent === arguments[0]).click()", name)
+                self.wait_sheet(name)
+                self.wait_text("#fields", re.escape(name[:64]))
+                address = self.browser.run("return location.hash")
+                self.browser.press(ESCAPE)
+                self.until("!document.querySelector('#engine').open && !location.hash")
+                self.open(running, address)
+                self.wait_sheet(name)
+                self.browser.press(ESCAPE)
+                self.until("!document.querySelector('#engine').open && !location.hash")
+            foreign = self.browser.run(
+                "return document.querySelectorAll('img, iframe, object, main script, dialog script').length"
+            )
+            self.assertEqual(foreign, 0)
+        # The name `..` goes up in any address, and no browser can ask for its history.
+        self.expected_complaints = "/history - Failed to load resource: the server responded with a status of 404"
+
+    def test_what_is_unknown_is_shown_as_unknown(self) -> None:
+        """Placeholders, -1 and a capacity or total of 0 are never shown as a load of 0; a load of 0 is."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(
+                heartbeat(engine_id="beating"),
+                datagram(engine_id="half", kv_cache_free_blocks=-1, engine_capacity=0),
+                datagram(engine_id="none", kv_cache_free_blocks=0, kv_cache_total_blocks=0),
+                datagram(engine_id="odd", kv_cache_free_blocks=20, kv_cache_total_blocks=10),
+                datagram(
+                    engine_id="zero",
+                    pending_tokens_total=0,
+                    latency_pred_ms=0,
+                    kv_cache_free_blocks=10,
+                    kv_cache_total_blocks=10,
+                ),
+            )
+            self.open(running)
+            self.wait_text("#live-note", "^of 5, 1 without load$")
+            beating = self.cells("beating")
+            self.assertEqual(
+                [beating[name] for name in ("latency", "pending", "kv", "capacity")],
+                ["no load known", "", "unknown", "unknown"],
+            )
+            self.assertEqual(
+                [self.cells("half")[name] for name in ("pending", "kv", "capacity")], ["10", "unknown", "unknown"]
+            )
+            self.assertEqual(self.cells("none")["kv"], "unknown")
+            self.assertEqual(self.cells("odd")["kv"], "⚠\ufe0e 0%")
+            self.assertEqual([self.cells("zero")[name] for name in ("latency", "pending", "kv")], ["0.0", "0", "0%"])
+            self.browser.click("th.capacity button")  # the highest first, and the unknown last in either direction
+            for direction in ("descending", "ascending"):
+                self.assertEqual(self.browser.run("return document.querySelector('th.capacity').ariaSort"), direction)
+                wait_until(f"{direction} order", lambda: self.names() == ["none", "odd", "zero", "beating", "half"])
+                self.browser.click("th.capacity button")
+            self.open(running, "#engine=beating")
+            fields = self.wait_text("#fields", "Heartbeat\n*yes")
+            self.assertEqual(len(re.findall(r"\bunknown\b", fields)), 6)
+            self.wait_text("#engine-state", "^live, heard from .* ago; only heartbeats lately")
+
+    def test_chinese_and_english(self) -> None:
+        """The browser's language decides, and no English is left in the Chinese page."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running, contextlib.closing(Browser("zh-CN,zh")) as chinese:
+            running.send(heartbeat(engine_id="test"))
+            self.open(running)
+            self.wait_text("#live", "^1$")
+            chinese.open(f"http://127.0.0.1:{running.http_port}/#engine=test")
+            wait_until("the engine", lambda: "心跳" in (chinese.text("#fields") or ""))
+            wait_until("the statistics", lambda: "一切正常" in (chinese.text("#notices") or ""))
+            pages = {"en": self.browser, "zh-CN": chinese}
+            for language, browser in pages.items():
+                self.assertEqual(browser.run("return document.documentElement.lang"), language)
+            self.assertEqual(self.browser.run("return document.title"), "1 live, 0 stale - state gateway")
+            self.assertEqual(chinese.run("return document.title"), "1 在线，0 陈旧 - 状态网关")
+            self.assertEqual(chinese.text("th.status"), "状态")
+            shown = chinese.run(
+                "return document.querySelector('.wrap').innerText + document.querySelector('#engine').innerText"
+            )
+            for name in (running.stats()["log"]["file"], running.stats()["instance"]):
+                shown = shown.replace(name, "")
+            kept = {"token", "cache", "latency", "optimized", "test", "unicast", "UDP", "HTTP", "JSON", "MiB", "KiB"}
+            self.assertEqual(set(re.findall(r"[A-Za-z]{3,}", shown)) - kept, set())
+            self.assertEqual(chinese.complaints(), [])
+
+    def test_a_gateway_that_stops_and_starts_again(self) -> None:
+        """A page that has lost the gateway says so and how old everything is; it recovers, and tells of the restart."""
+        port = free_port()
+        settings: dict[str, Any] = {"UDP_PORT": port, "STALE_THRESHOLD": 3000, "EXPIRE_AFTER": 600_000}
+        self.expected_complaints = "net::ERR_|Failed to load resource"
+        with daemon(**settings) as running:
+            self.open(running)
+            running.send(datagram(engine_id="kept"), datagram(engine_id="gone"))
+            self.wait_text("#live", "^2$")
+            instance = running.stats()["instance"]
+            self.wait_text("#about", instance)
+            running.stop()
+            self.wait_text("#connection", "^Disconnected$")
+            self.wait_text("#notices", "Disconnected from the gateway. All of this is as of .* ago")
+            self.wait_text("#as-of", "^As of .* ago, not current$")
+            self.wait_cell("kept", "status", "^unknown$")
+            self.wait_cell("kept", "age", "^≤ [0-9]")
+            self.assertEqual(self.browser.run("return document.title"), "Disconnected - state gateway")
+            self.assertEqual(self.browser.text("#live"), "2", "as it was then")
+        with self.gateway(**settings) as running, pushing(running, 1, 0.2):
+            running.send(datagram(engine_id="kept"))
+            self.wait_text("#connection", "^Connected$")
+            self.wait_text("#notices", "The gateway was restarted .* ago")
+            missing = self.wait_text("#notices", r"not heard from since \(1\)")
+            self.assertIn("gone", missing)
+            self.wait_text("#about", running.stats()["instance"])
+            self.wait_cell("engine-0", "status", "^live$")
+            self.assertTrue(self.browser.run("return document.querySelector('#as-of').hidden"))
+            self.assertNotEqual(running.stats()["instance"], instance)
+
+    def test_a_gateway_that_is_paused(self) -> None:
+        """Ages grow by themselves: nothing looks live beyond the threshold, though no connection was closed."""
+        with self.gateway(STALE_THRESHOLD=1000, EXPIRE_AFTER=600_000) as running, pushing(running, 3, 0.1):
+            self.open(running)
+            self.wait_text("#live", "^3$")
+            self.wait_text("#connection", "^Connected$")
+            running.signal(signal.SIGSTOP)
+            try:
+                self.wait_cell("engine-0", "status", "^(stale|unknown)$")
+                self.wait_text("#connection", "^Disconnected$")
+                self.wait_cell("engine-0", "status", "^unknown$")
+            finally:
+                running.signal(signal.SIGCONT)
+            self.wait_text("#connection", "^Connected$")
+            self.wait_cell("engine-0", "status", "^live$")
+
+    def test_a_stream_that_comes_late_does_not_look_live(self) -> None:
+        """Where the gateway has received what the stream has not brought, the stream is left, and asked for again."""
+        with self.gateway(STALE_THRESHOLD=20_000) as running:
+            self.open(running)
+            running.send(datagram(engine_id="good"))
+            self.wait_text("#live", "^1$")
+            self.until("samples.at(-1)?.stats.valid_states === 1")
+            self.browser.run("""
+              const { stats } = samples.at(-1);
+              const later = { valid_states: stats.valid_states + 1, last_received: stats.last_received + 60 };
+              takeStats({ ...stats, ...later }, clock());""")
+            self.wait_text("#connection", "^Polling$")
+            self.wait_cell("good", "status", "^live$")
+            self.wait_text("#connection", "^Connected$")
+
+    def test_a_computer_that_slept(self) -> None:
+        """Ages grow over the sleep of the reader's computer, of which its monotonic clock may not know."""
+        with self.gateway(STALE_THRESHOLD=100_000) as running:
+            self.open(running)
+            running.send(datagram(engine_id="good"))
+            self.wait_cell("good", "status", "^live$")
+            self.browser.run("ticked[1] -= 300_000")
+            self.wait_cell("good", "age", "^5m$")
+            self.wait_cell("good", "status", "^stale$")
+            running.send(datagram(engine_id="good", timestamp_ms=1234567891))
+            self.wait_cell("good", "status", "^live$")
+
+    def test_what_is_said_to_screen_readers(self) -> None:
+        """Trouble that is new is announced, once; numbers that change are not."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            self.open(running)
+            self.wait_text("#notices", "All is well")
+            self.browser.run("""
+              window.said = [];
+              const place = document.querySelector("#announcement");
+              new MutationObserver(() => said.push(place.textContent)).observe(place, { childList: true });""")
+            running.send(b"junk", datagram(engine_id="good"))
+            self.wait_text("#announcement", r"^Invalid datagrams in the last .*: 1 \(not JSON 1\)\.$")
+            self.browser.run("saidAt -= 60_000")  # so that it may speak again
+            running.send(b"junk")
+            self.wait_text("#notices", "not JSON 2")
+            self.assertEqual(self.browser.run("return said.length"), 1)
+
+    def test_polling_where_there_is_no_stream(self) -> None:
+        """Where all readers' places are taken, the page asks every second, says so, and takes a place that is free."""
+        self.expected_complaints = "/watch.* status of 503"
+        with self.gateway(STALE_THRESHOLD=3000, EXPIRE_AFTER=600_000) as running, contextlib.ExitStack() as readers:
+            for _ in range(MAX_READERS):
+                reader = readers.enter_context(socket.create_connection(("127.0.0.1", running.http_port), DEADLINE_S))
+                reader.sendall(b"GET /watch HTTP/1.1\r\nHost: a\r\n\r\n")
+                self.assertTrue(reader.recv(1))
+            self.open(running)
+            self.wait_text("#connection", "^Polling$")
+            running.send(datagram(engine_id="polled"))
+            self.wait_cell("polled", "status", "^live$")
+            self.wait_text("#notices", "There is no event stream at the moment")
+            self.wait_cell("polled", "status", "^stale$")
+            running.send(datagram(engine_id="polled", timestamp_ms=1234567891, pending_tokens_total=77))
+            self.wait_cell("polled", "pending", "^77$")
+            readers.close()
+            self.wait_text("#connection", "^Connected$")
+            wait_until("the notice to go", lambda: "event stream" not in (self.browser.text("#notices") or ""))
+
+    def test_what_is_wrong_is_said_in_words(self) -> None:
+        """Nothing is said of what was rejected before the page was opened; what comes then is said with its reason."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id="good"), b"[]")
+            running.wait_received(2)
+            self.open(running)
+            self.wait_text("#notices", "All is well: nothing lost, rejected or dropped in the last")
+            self.assertEqual(self.browser.text("#rejected"), "0")
+            running.send(b"junk", b"junk", b"{}", datagram(engine_id="good"))
+            self.wait_text("#notices", r"Invalid datagrams in the last .*: 3 \(not JSON 2, a field missing 1\)\.")
+            self.assertNotIn("All is well", self.browser.text("#notices") or "")
+            self.assertEqual(self.browser.text("#rejected"), "3")
+            self.wait_text("#rejected-note", "no fault: duplicates 1$")
+            self.browser.click("#counters-title")
+            self.wait_text("#counters", r"(?i)rejected: not an object\s+1\n")
+
+    def test_by_keyboard(self) -> None:
+        """An engine is opened by Enter and closed by Escape, and the focus is where it was; Enter sorts."""
+        focus = "return document.activeElement.id || document.activeElement.innerText"
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(*(datagram(engine_id=f"engine-{n}", pending_tokens_total=n) for n in (1, 2, 10)))
+            self.open(running)
+            self.wait_rows(3)
+            self.browser.run("document.querySelector('#rows a').focus()")
+            self.browser.press(TAB)
+            self.assertEqual(self.browser.run(focus), "engine-2", "names are sorted by their numbers")
+            self.browser.press(ENTER)
+            self.wait_text("#engine[open] #engine-name", "^engine-2$")
+            self.assertEqual(self.browser.run(focus), "engine-close")
+            self.until("document.querySelector('#charts .stroke').getAttribute('d')")
+            self.browser.press(ESCAPE)
+            wait_until("the focus", lambda: self.browser.run(focus) == "engine-2")
+            self.browser.run("document.querySelector('th.pending button').focus()")
+            self.browser.press(ENTER)
+            wait_until("the order", lambda: self.browser.text("#rows a") == "engine-10")
+            self.browser.press(ENTER)
+            wait_until("the order", lambda: self.browser.text("#rows a") == "engine-1")
+
+    def test_narrow_screens(self) -> None:
+        """At no width does the page have to be moved sideways, and at each an engine can be read."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id="x" * 256), datagram(engine_id="y"), b"junk")
+            self.open(running)
+            self.wait_rows(2)
+            for width in (320, 360, 700, 701, 900, 1200, 1420, 2560):
+                self.browser.resize(width, 700)
+                self.until("innerWidth === arguments[0]", width)
+                self.assertLessEqual(self.browser.run("return document.documentElement.scrollWidth"), width)
+                self.assertEqual([self.cells("y")[name] for name in ("status", "name", "kv")], ["live", "y", "90%"])
+                outside = self.browser.run("""
+                  const shown = [...document.querySelectorAll("td.age, td.kv, .tile, .tools > *")].filter(
+                    (one) => one.getClientRects().length);
+                  return shown.filter((one) => one.getBoundingClientRect().right > innerWidth).length""")
+                self.assertEqual(outside, 0, width)
+
+    def test_a_thousand_engines(self) -> None:
+        """They are all there, few are in the document, and frames go on while each pushes five times a second."""
+        with self.gateway(STALE_THRESHOLD=20_000) as running, pushing(running, 1000, 0.2):
+            self.open(running)
+            self.wait_text("#live", "^1,000$")
+            self.until("document.title === '1000 live, 0 stale - state gateway'")
+            self.until("document.querySelector('#table').ariaRowCount === '1001'")
+            self.assertLess(self.browser.run("return document.querySelectorAll('#rows tr').length"), 60)
+            self.browser.run("""
+              window.gaps = [];
+              let last = performance.now();
+              (function frame() {
+                gaps.push(performance.now() - last);
+                last = performance.now();
+                requestAnimationFrame(frame);
+              })()""")
+            self.until("gaps.length > 200")
+            frames = sorted(self.browser.run("return gaps"))
+            self.assertLess(frames[len(frames) // 2], 50, "ms, the median")
+            self.assertLess(frames[-1], 1000, "ms, the longest")
+            self.browser.run("scrollTo(0, document.documentElement.scrollHeight)")
+            self.cells("engine-999")
+            self.browser.run("scrollTo(0, 0)")
+            self.browser.click("th.pending button")
+            wait_until("the busiest at the top", lambda: self.browser.text("#rows a") == "engine-999")
+            self.browser.run("document.querySelector('#find').focus()")
+            self.browser.press(*"ENGINE-77")
+            self.wait_text("#count", "^11 of 1,000$")
+            self.wait_rows(11)
+            self.browser.press(ESCAPE)
+            self.wait_text("#count", "^1,000 of 1,000$")
+
+
+if __name__ == "__main__":
+    unittest.main()
