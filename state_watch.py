@@ -95,7 +95,7 @@ class Watch:
         if missed is None:
             reader.begin_anew()
         else:
-            reader.take(_News(missed))
+            reader.wait_with(missed)
         self._readers.add(reader)
         return reader
 
@@ -245,11 +245,12 @@ class WatchReader:
             self._news = news
             return
         if self._news is not None:
-            self._wait_with(self._news.events)
+            self.wait_with(self._news.events)
             self._news = None
-        self._wait_with(news.events)
+        self.wait_with(news.events)
 
-    def _wait_with(self, events: list[_Event]) -> None:
+    def wait_with(self, events: list[_Event]) -> None:
+        """Have events sent, EVENTS_AT_A_TIME of them, the newest of each engine."""
         waiting, wanted = self._waiting, self._wanted
         for event in events:
             if wanted and event.engine_id not in wanted:

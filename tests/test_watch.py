@@ -216,6 +216,19 @@ class Resuming(WatchCase):
         told = self.kinds(self.read(self.open(last_event_id=str(last))))
         self.assertEqual(sorted(told), [("removed", "a"), ("stale", "b")])
 
+    def test_much_that_was_missed_comes_a_part_at_a_time(self) -> None:
+        reader = self.watching()
+        self.push("a")
+        last = self.read(reader)[-1].number
+        reader.close()
+        self.push(*(f"e{number}" for number in range(900)))
+        back = self.open(last_event_id=str(last))
+        told = []
+        while more := self.read(back, 0.01):
+            self.assertLessEqual(len(more), EVENTS_AT_A_TIME)
+            told += more
+        self.assertEqual([event.engine_id for event in told], [f"e{number}" for number in range(900)])
+
     def test_it_gets_nothing_twice(self) -> None:
         reader = self.watching()
         self.push("a")
