@@ -7,6 +7,7 @@ Everything here belongs to the query server's thread, but for the counters, whic
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -147,8 +148,8 @@ class Watch:
             for engine_id in self._store.stale() - self._stale:
                 self._stale.add(engine_id)
                 events.append(self._event(STALE, engine_id))
-        while len(self._removed) > REMOVED_KEPT:
-            self._complete_from = self._removed.pop(next(iter(self._removed))).number
+        for engine_id in list(itertools.islice(self._removed, max(0, len(self._removed) - REMOVED_KEPT))):
+            self._complete_from = self._removed.pop(engine_id).number
         if events:
             given = _News(events)
             for reader in self._readers:
@@ -272,7 +273,8 @@ class WatchReader:
 
     def read(self) -> bytes:
         """What is to be sent next, or nothing where there is nothing yet."""
-        self._watch.look()
+        if self._news is None:  # else its text would no longer be the one that the other readers are given
+            self._watch.look()
         text = self._next()
         now = self._clock()
         if text:

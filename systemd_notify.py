@@ -51,7 +51,7 @@ class SystemdNotify:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
+                sock.settimeout(1.0)  # its queue may be full for a moment, and READY=1 must not be lost
                 sock.sendto(message.encode(), self._address)
         except OSError as error:
             logger.debug("cannot tell systemd %r error=%s", message, error)
