@@ -164,7 +164,7 @@ _IDLE, _READING, _WRITING, _LINGERING, _STREAMING = range(5)
 
 class _Connection:
     __slots__ = (
-        "deadline", "keep_alive", "phase", "queued", "received", "reserve", "sock", "stream", "unsent", "unsent_bytes",
+        "deadline", "keep_alive", "phase", "queued", "received", "reserve", "sock", "unsent", "unsent_bytes",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, deadline: float, reserve: bool) -> None:
@@ -177,7 +177,6 @@ class _Connection:
         self.received = bytearray()
         self.unsent: list[memoryview] = []
         self.unsent_bytes = 0  # of the answer, when it was made
-        self.stream: Stream | None = None
 
 
 class HttpServer:

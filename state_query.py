@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote
 
 import state_metrics as metrics
 from engine_state import quote_json
-from state_entry import AgesJson, lasting_json
+from state_entry import lasting_json
 from state_store import LIVE, STALE, Shown, StateStore
 from state_watch import MAX_READERS, Watch, WatchReader
 
@@ -105,7 +105,7 @@ class Query:
         self._gateway = gateway
         self._watch = watch
         self._page = status_page()
-        self._ages_json = AgesJson(gateway.about()["stale_threshold_ms"])
+        self._ages_json = watch.ages_json
         self._lasting: dict[str, tuple[Shown, bytes]] = {}  # of each engine, for as long as it shows that state
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
         self._shared_key: object = None

@@ -62,7 +62,7 @@ class Watch:
     ) -> None:
         self._store = store
         self._clock = clock
-        self._ages_json = AgesJson(stale_ms)
+        self.ages_json = AgesJson(stale_ms)  # the query server's other answers use it too
         # Numbers grow over a restart of the gateway, too: none has a million events a second for long.
         self._number = self._complete_from = int(wall_clock() * 1e6)
         self._last: dict[str, int] = {}  # the last event of each engine, the newest at the end
@@ -190,7 +190,7 @@ class Watch:
                 continue  # removed meanwhile, which the next look tells
             _, shown, age_ms, state_age_ms = row
             number = self.next_number() if anew else event.number
-            entry = lasting_json(shown) + self._ages_json[age_ms, state_age_ms]
+            entry = lasting_json(shown) + self.ages_json[age_ms, state_age_ms]
             text.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (number, event.kind, entry))
         self.events += len(text)
         return b"".join(text)
