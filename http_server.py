@@ -6,6 +6,7 @@ and body apart, which meets Nagle's algorithm and delayed acknowledgement: 93 re
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import errno
 import logging
@@ -164,11 +165,12 @@ _IDLE, _READING, _WRITING, _LINGERING, _STREAMING = range(5)
 
 class _Connection:
     __slots__ = (
-        "deadline", "keep_alive", "phase", "queued", "received", "reserve", "sock", "unsent", "unsent_bytes",
+        "deadline", "keep_alive", "peer", "phase", "queued", "received", "reserve", "sock", "unsent", "unsent_bytes",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, deadline: float, reserve: bool) -> None:
+    def __init__(self, sock: socket.socket, peer: str, deadline: float, reserve: bool) -> None:
         self.sock = sock
+        self.peer = peer
         self.deadline = deadline
         self.reserve = reserve  # beyond MAX_CONNECTIONS
         self.phase = _READING
@@ -317,13 +319,13 @@ class HttpServer:
 
     def _overdue(self, connection: _Connection) -> None:
         if connection.phase in (_READING, _WRITING, _STREAMING):
-            self._reject("too slow")
+            self._reject("too slow", connection)
         self._close(connection)
 
-    def _reject(self, why: str) -> None:
+    def _reject(self, why: str, connection: _Connection | None = None) -> None:
         self.rejected_connections += 1
         if self._notice.add():
-            self._notice.example(why)
+            self._notice.example(why if connection is None else f"{why} peer={connection.peer}")
         self._say()
 
     def _say(self) -> None:
@@ -343,7 +345,7 @@ class HttpServer:
     def _accept(self) -> None:
         for _ in range(64):
             try:
-                sock, _ = self._listener.accept()
+                sock, peer = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -361,7 +363,8 @@ class HttpServer:
                 self._reject("too many connections")
                 sock.close()
                 continue
-            connection = _Connection(sock, self._clock() + (LINGER_S if reserve else REQUEST_DEADLINE_S), reserve)
+            deadline = self._clock() + (LINGER_S if reserve else REQUEST_DEADLINE_S)
+            connection = _Connection(sock, f"{peer[0]}:{peer[1]}", deadline, reserve)
             self._connections.add(connection)
             self._selector.register(sock, selectors.EVENT_READ, connection)
             self._ready(connection)  # its request has often come with it
@@ -390,7 +393,7 @@ class HttpServer:
         if spared.received and spared.deadline > self._clock() + REQUEST_DEADLINE_S - 0.5:
             return False
         if spared.phase == _READING:
-            self._reject("too many connections, the longest without a whole request was closed")
+            self._reject("too many connections, the longest without a whole request was closed", spared)
         self._close(spared)
         return True
 
@@ -454,7 +457,7 @@ class HttpServer:
         """Others wait for the room that these take: they are not given the whole RESPONSE_DEADLINE_S."""
         for connection in list(self._streaming):
             if connection.unsent and connection.deadline < now + RESPONSE_DEADLINE_S - STUCK_S:
-                self._reject("took nothing of its stream while others waited for room")
+                self._reject("took nothing of its stream while others waited for room", connection)
                 self._close(connection)
 
     def _end_streams(self) -> None:
@@ -497,8 +500,9 @@ class HttpServer:
                 self._reject("too many connections")
                 return error_answer(503, f"more than {self._max_connections} connections")
             while self._unsent_bytes > MAX_UNSENT_BYTES:
-                self._reject("too many answers wait for slow readers, the slowest was cut off")
-                self._close(min((c for c in self._connections if c.unsent), key=lambda c: c.deadline))
+                slowest = min((c for c in self._connections if c.unsent), key=lambda c: c.deadline)
+                self._reject("too many answers wait for slow readers, the slowest was cut off", slowest)
+                self._close(slowest)
         try:
             return self._answer_target(request.target, request.last_event_id)
         except QueryError as error:
@@ -532,7 +536,8 @@ class HttpServer:
             connection.phase = _STREAMING
             connection.received.clear()
             # What has been handed to the kernel cannot be replaced by newer any more: 4 MB of it would be a minute old.
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER)
+            with contextlib.suppress(OSError):  # the reader may be gone, which some systems tell here already
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_SEND_BUFFER)
             self._streaming[connection] = stream
             self._stream_at = 0.0
         connection.deadline = self._clock() + RESPONSE_DEADLINE_S

@@ -24,7 +24,7 @@ from state_watch import MAX_READERS, Watch, WatchReader
 JSON_TYPE = "application/json"
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
 LONGEST_INTERVAL_MS = 3_600_000
-MOST_PARAMETERS = 1000  # more than a request line has room for
+MOST_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
 SHARED_MS = 10  # by which the ages of a snapshot that is given to several may be behind
 
 
@@ -153,6 +153,8 @@ class Query:
         if not self._gateway.is_ready():
             raise QueryError(503, "starting or stopping")
         engine_ids = frozenset(parameters.get("engine_id", []))
+        if "" in engine_ids:
+            raise QueryError(400, "engine_id is empty; leave it out to watch every engine")
         intervals = parameters.get("min_interval_ms", ["0"])
         if not all(re.fullmatch("[0-9]{1,7}", text) and int(text) <= LONGEST_INTERVAL_MS for text in intervals):
             raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {LONGEST_INTERVAL_MS}")

@@ -354,6 +354,7 @@ class StateStore:
                     self._history_bytes -= engine.history.size
                     removed += 1
                     if self._heard is not None:
+                        engine.history = _History(0)  # no longer counted, so no longer kept
                         self._gone.append((engine_id, engine))
                     _count(self._removed, engine_id)
                 elif silence_ms > self._stale_ms and not engine.said_stale:

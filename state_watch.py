@@ -23,6 +23,8 @@ HELD_LOOK_S = 0.02  # between two looks for what min_interval_ms has held back
 SHARED_S = 0.01  # by which the ages of an event that is given to several may be behind
 EVENTS_AT_A_TIME = 256  # of those that wait for a slow reader, so that the newest can still take their place
 REMOVED_KEPT = 10_000  # engines that are no more, for readers that come back
+PAUSED_S = 1.0  # without a look, after which intake is given STALE_AFTER_PAUSE_S to take what waits in its socket
+STALE_AFTER_PAUSE_S = 0.1
 
 STATE, STALE, LIVE, REMOVED = b"state", b"stale", b"live", b"removed"
 
@@ -69,7 +71,7 @@ class Watch:
         self._removed: dict[str, _Event] = {}  # the same, of engines that are no more
         self._stale: set[str] = set()  # as the readers were told
         self._readers: set[WatchReader] = set()
-        self._look_at = self._look_for_stale_at = float("-inf")
+        self._look_at = self._looked_at = self._look_for_stale_at = float("-inf")
         self.events = 0  # sent, to all readers together
         self.merged_events = 0  # not sent, because a newer one of the same engine took their place
         self.rejected_readers = 0
@@ -124,6 +126,9 @@ class Watch:
         if now < self._look_at:
             return
         self._look_at = now + LOOK_S
+        if now - self._looked_at > PAUSED_S:
+            self._look_for_stale_at = now + STALE_AFTER_PAUSE_S
+        self._looked_at = now
         news = self._store.news()
         if news is None:
             self._begin_anew()
@@ -308,13 +313,15 @@ class WatchReader:
         now = self._clock()
         if now < self._look_at:
             return b""
-        self._look_at = now + HELD_LOOK_S
         waiting, held_until = self._waiting, self._held_until
-        due = [
+        all_due = (
             event
             for event in waiting.values()
             if event.kind is not STATE or held_until.get(event.engine_id, now) <= now
-        ]
+        )
+        due = list(itertools.islice(all_due, EVENTS_AT_A_TIME))
+        if len(due) < EVENTS_AT_A_TIME:
+            self._look_at = now + HELD_LOOK_S
         for event in due:
             del waiting[event.engine_id]
             if event.kind is REMOVED:

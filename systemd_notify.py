@@ -23,7 +23,7 @@ class SystemdNotify:
             self._address = "\0" + self._address[1:]  # an abstract one
         watchdog_us = environ.get("WATCHDOG_USEC", "")
         for_us = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        is_number = watchdog_us.isascii() and watchdog_us.isdigit()
+        is_number = watchdog_us.isascii() and watchdog_us.isdigit() and len(watchdog_us) < 20
         # A third of what is allowed, so that one that comes late does no harm; None where nobody watches.
         self.watchdog_period_s = (
             int(watchdog_us) / 3e6 if self._address and for_us and is_number and int(watchdog_us) else None
@@ -31,7 +31,7 @@ class SystemdNotify:
 
     def ready(self, status: str) -> None:
         """Everything is open; `status` is what `systemctl status` shows."""
-        self._tell(f"READY=1\nSTATUS={status}")
+        self._tell(f"READY=1\nSTATUS={status}", logging.WARNING)  # without it systemd ends a daemon that works
 
     def reloading(self, status: str) -> None:
         """SIGHUP has been done; `Type=notify-reload` waits for both."""
@@ -46,7 +46,7 @@ class SystemdNotify:
         """The daemon has begun to stop."""
         self._tell(f"STOPPING=1\nSTATUS={status}")
 
-    def _tell(self, message: str) -> None:
+    def _tell(self, message: str, level_of_failure: int = logging.DEBUG) -> None:
         if not self._address:
             return
         try:
@@ -54,4 +54,4 @@ class SystemdNotify:
                 sock.settimeout(1.0)  # its queue may be full for a moment, and READY=1 must not be lost
                 sock.sendto(message.encode(), self._address)
         except OSError as error:
-            logger.debug("cannot tell systemd %r error=%s", message, error)
+            logger.log(level_of_failure, "cannot tell systemd %r error=%s", message, error)

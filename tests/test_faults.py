@@ -137,11 +137,15 @@ class Floods(FaultCase):
                     engines = running.ask("/engines").json["engines"]
                     status = {engines[f"honest-{n}"]["status"] for n in range(20)}
                     self.assertEqual(status, {"live"}, f"kernel dropped {running.stats()['kernel_dropped']}")
-            self.assertGreater(sent, 5000)
+            self.assertGreater(sent, 2000)
+
+            def is_over() -> bool:
+                stats = running.stats()
+                return bool(stats["total_received"] + stats["kernel_dropped"] >= sent)
+
+            wait_until("every datagram of the flood to be accounted for", is_over)
             self.assert_takes_a_good_datagram(running)
-        stats = running.stats()
-        self.assert_adds_up(stats)
-        self.assertGreaterEqual(stats["total_received"] + stats["kernel_dropped"], sent)
+        self.assert_adds_up(running.stats())
         self.assertLess(peak_memory(running) - before, 50 * 1024 * 1024)
         self.assertEqual(running.stop(), 0)
         self.assert_quiet(running, "rejected datagrams invalid")

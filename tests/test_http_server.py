@@ -313,8 +313,9 @@ class Bounds(ServerCase):
             self.connect().send(b"GET / HTT")
         self.wait_connections(8)
         self.clock.move(0.6)
-        with self.assertLogs("elrar.http", "WARNING"):
+        with self.assertLogs("elrar.http", "WARNING") as said:
             self.assertEqual(self.ask(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
+        self.assertRegex(said.output[0], r"peer=127\.0\.0\.1:[0-9]+")
 
     def test_behind_slow_readers_there_is_503_but_health_is_answered(self) -> None:
         for number in range(8):

@@ -393,7 +393,7 @@ class Systemd(ProcessCase):
         threads = {"udp-listener": True}
 
         class Manager(SystemdNotify):
-            def _tell(self, message: str) -> None:
+            def _tell(self, message: str, level_of_failure: int = 0) -> None:
                 told.append(message)
                 threads["udp-listener"] = False  # from the first sign of life on
 
@@ -414,6 +414,13 @@ class Systemd(ProcessCase):
         gateway._wait_for_exit(StuckGateway(), Exits(), manager)  # type: ignore[arg-type]
         self.assertEqual(told, ["WATCHDOG=1"])
 
+    def test_that_nobody_was_told_is_a_warning_once(self) -> None:
+        manager = SystemdNotify({"NOTIFY_SOCKET": str(self.folder / "none")})
+        with self.assertLogs("elrar.systemd", "WARNING") as said:
+            manager.ready("here")
+            manager.alive()
+        self.assertEqual(len(said.output), 1)
+
     def test_only_what_is_meant_for_it_is_minded(self) -> None:
         for environ, period_s in (
             ({}, None),
@@ -423,6 +430,7 @@ class Systemd(ProcessCase):
             ({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, None),
             ({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "0"}, None),
             ({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "x"}, None),
+            ({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "9" * 400}, None),
         ):
             with self.subTest(environ):
                 self.assertEqual(SystemdNotify(environ).watchdog_period_s, period_s)

@@ -17,6 +17,7 @@ import time
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import daemon_log
 import engine_state
@@ -255,6 +256,7 @@ class Commands(unittest.TestCase):
         program, *_ = [text for language, text in blocks(ENGLISH) if language == "python"]
         names: dict[str, Any] = {}
         exec(program, names)
+        names["logging"] = mock.Mock()  # its thread says again and again that nobody is there, also after the test
         return names
 
     def test_a_routers_table_follows_a_fleet_through_silence_return_and_a_restart(self) -> None:
@@ -284,7 +286,7 @@ class Commands(unittest.TestCase):
             entries = table.live()
             for entry in entries:
                 age_s = time.monotonic() - pushed[entry["engine_id"]][entry["pending_tokens_total"]]
-                self.assertLess(age_s, 1.0 + 1.0, entry)  # the threshold, and a second for a slow machine
+                self.assertLess(age_s, 1.0 + 4.0, entry)  # the threshold, and some for a slow machine
             return {entry["engine_id"] for entry in entries}
 
         with daemon(None, **settings):

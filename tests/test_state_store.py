@@ -366,9 +366,11 @@ class History(StoreCase):
         for number in range(300):
             self.send(engine_id=f"e{number % 3}", timestamp_ms=number)
         self.assertGreater(self.store._history_bytes, 0)
+        self.store.news()  # somebody watches, and is told of them later
         self.clock.move(7)
         self.sweep()
         self.assertEqual(self.store._history_bytes, 0)
+        self.assertEqual([len(engine.history.rows) for _, engine in self.store._gone], [0, 0, 0])
 
     def test_an_unknown_engine_has_none(self) -> None:
         self.assertIsNone(self.store.history("nobody"))
