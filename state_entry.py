@@ -29,11 +29,11 @@ def entry(view: EngineView) -> dict[str, Any]:
 
 def lasting_json(shown: Shown) -> bytes:
     """The beginning of an entry: all that stays as it is until the next state comes."""
-    held, heartbeat, _, received_s, source, timestamp_ms = shown
+    held, heartbeat, _, received_s, source, stamp = shown
     received_ms = int(received_s * 1000)
     return (
         f'{{{as_json_fields(held)}, "heartbeat": {"true" if heartbeat else "false"}, "received_ms": {received_ms}, '
-        f'"clock_offset_ms": {received_ms - timestamp_ms}, "source": {quote_json(source)}, '
+        f'"clock_offset_ms": {received_ms - int(stamp)}, "source": {quote_json(source)}, '
     ).encode()
 
 

@@ -22,6 +22,7 @@ from engine_state import MAX_DATAGRAM_BYTES
 
 BATCH_DATAGRAMS = 128  # at most between two looks at the clock; the store's lock is held for 0.3 ms at most
 _ROOM = MAX_DATAGRAM_BYTES + 1  # one more, so that a longer datagram is seen to be longer
+_APART = MAX_DATAGRAM_BYTES + 320  # bytes: at a power of two they would push each other out of the processor's cache
 
 Datagram = tuple[bytes, bytes]  # what was sent, and the sender's socket address as the kernel writes it
 
@@ -103,19 +104,21 @@ class BatchReceiver:
         self._fd = sock.fileno()
         self._recvmmsg = ctypes.PyDLL(None, use_errno=True).recvmmsg
         self._recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
-        self._name_size = 28 if sock.family == socket.AF_INET6 else 16
+        name_size = 28 if sock.family == socket.AF_INET6 else 16
         # The kernel writes into these; they live as long as the receiver does.
-        self._data = (ctypes.c_char * (count * _ROOM))()
-        self._names = (ctypes.c_char * (count * self._name_size))()
+        self._data = (ctypes.c_char * (count * _APART))()
+        self._names = (ctypes.c_char * (count * name_size))()
         self._iovs = (_IoVec * count)()
         self._messages = (_MMsgHdr * count)()
         for number in range(count):
-            self._iovs[number] = _IoVec(ctypes.addressof(self._data) + number * _ROOM, _ROOM)
+            self._iovs[number] = _IoVec(ctypes.addressof(self._data) + number * _APART, _ROOM)
             header = self._messages[number].header
-            header.name = ctypes.addressof(self._names) + number * self._name_size
-            header.name_length = self._name_size
+            header.name = ctypes.addressof(self._names) + number * name_size
+            header.name_length = name_size
             header.iov = ctypes.addressof(self._iovs[number])
             header.iov_length = 1
+        self._starts = range(0, count * _APART, _APART)
+        self._unpack_names = [struct.Struct(f"{name_size}s" * number).unpack_from for number in range(count + 1)]
         self._address = ctypes.addressof(self._messages)
         words = ctypes.sizeof(_MMsgHdr) // 4
         self._lengths = memoryview(self._messages).cast("B").cast("I")[_MMsgHdr.length.offset // 4 :: words]
@@ -132,19 +135,12 @@ class BatchReceiver:
                 return []
             if number != errno.EINTR:
                 raise OSError(number, "recvmmsg")
-        # A slice of an array of c_char is bytes, in half the time that a memoryview's takes.
+        # A slice of an array of c_char is bytes, in half the time that a memoryview's takes; unpacking all addresses at
+        # once takes a fifth of slicing each.
         data = cast(Any, self._data)
-        size = self._name_size
-        names: bytes = cast(Any, self._names)[: count * size]
-        return [
-            (data[start : start + length], names[name : name + size])
-            for start, length, name in zip(
-                range(0, count * _ROOM, _ROOM),
-                self._lengths[:count].tolist(),
-                range(0, count * size, size),
-                strict=True,
-            )
-        ]
+        lengths = self._lengths[:count].tolist()
+        datagrams = [data[start : start + length] for start, length in zip(self._starts, lengths, strict=False)]
+        return list(zip(datagrams, self._unpack_names[count](self._names), strict=True))
 
 
 def unpack_address(packed: bytes) -> tuple[str, int]:

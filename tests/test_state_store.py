@@ -333,6 +333,15 @@ class History(StoreCase):
             self.assertEqual(past[-1].received_ms, self.view().received_ms)
             self.clock.move(1.0)
 
+    def test_what_is_accounted_for_is_what_is_held(self) -> None:
+        self.store = self.make_store(history=5)
+        for number in range(60):
+            self.send(engine_id=f"e{number % 3}", timestamp_ms=10**number if number < 15 else 10**14 + number)
+            rows = [row for engine in self.store._engines.values() for row in engine.rows]
+            self.assertEqual(self.store._history_bytes, sum(map(len, rows)) + 48 * len(rows))
+            self.assertLessEqual(len(rows), 3 * (5 + 8))
+            self.assertLessEqual(len(self.store.history("e0") or []), 5)
+
     def test_it_is_exact_and_whole(self) -> None:
         for number in range(5):
             self.send(timestamp_ms=2**53 - 5 + number, kv_cache_free_blocks=2**53, scheduling_mode=f"mode {number}")
@@ -370,7 +379,7 @@ class History(StoreCase):
         self.clock.move(7)
         self.sweep()
         self.assertEqual(self.store._history_bytes, 0)
-        self.assertEqual([len(engine.history.rows) for _, engine in self.store._gone], [0, 0, 0])
+        self.assertEqual([engine.rows for _, engine in self.store._gone], [[], [], []])
 
     def test_an_unknown_engine_has_none(self) -> None:
         self.assertIsNone(self.store.history("nobody"))
