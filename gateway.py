@@ -621,8 +621,10 @@ class _Exits:
         return came
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Ignore the signals from now on: where a handler is left, Python's own end would let the next one kill it."""
         signal.set_wakeup_fd(-1)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         self._reader.close()
         self._writer.close()
 
