@@ -130,17 +130,45 @@ _USUAL = re.compile(
 )
 recognise_usual = _USUAL.fullmatch
 
-HeldState = EngineState | bytes  # bytes: a usual datagram, which becomes an EngineState only when somebody reads it
+# A state as the table and the histories hold it: when it was received, in ms since the epoch, and all fields but the
+# engine_id, as text, a line each; no printable text has the character between them. That takes 130 bytes where an
+# EngineState takes 340 and a datagram 300, so that intake meets less cold memory. It is made of a usual datagram's
+# fields as they came: turning them into numbers takes six times as long, and only a reader needs them.
+HeldState = bytes
 
 
-def as_state(held: HeldState) -> EngineState:
-    """The state that is held, parsed now where it has not been."""
-    return held if isinstance(held, EngineState) else parse_datagram(held)
+def hold_state(received_ms: bytes, state: EngineState) -> HeldState:
+    """A state to be held; of a usual datagram the store makes the same of its fields."""
+    return b"\n".join((received_ms, *(str(value).encode() for value in state.values()[1:])))
 
 
-def as_json_fields(held: HeldState) -> str:
+def as_state(engine_id: str, held: HeldState) -> EngineState:
+    """The state that is held of an engine."""
+    _, timestamp, latency, mode, pending, free, total, capacity = held.decode().split("\n")
+    mode = _KNOWN_MODES.get(mode, mode)
+    return EngineState(
+        engine_id, int(timestamp), _float(latency), mode, int(pending), int(free), int(total), _float(capacity)
+    )
+
+
+def as_json_fields(engine_id: str, held: HeldState) -> str:
     """The eight fields of the state that is held, as the inside of a JSON object; see EngineState.json_fields."""
-    return held.json_fields() if isinstance(held, EngineState) else held[1:-1].decode("ascii")
+    _, timestamp, latency, mode, pending, free, total, capacity = held.decode().split("\n")
+    return (
+        f'"engine_id": {quote_json(engine_id)}, "timestamp_ms": {timestamp}, "latency_pred_ms": {latency}, '
+        f'"scheduling_mode": {quote_json(mode)}, "pending_tokens_total": {pending}, "kv_cache_free_blocks": {free}, '
+        f'"kv_cache_total_blocks": {total}, "engine_capacity": {capacity}'
+    )
+
+
+def times_ms(held: HeldState) -> tuple[int, int]:
+    """When the state that is held was received by the gateway's clock, and its timestamp_ms by the engine's."""
+    received, timestamp, _ = held.split(b"\n", 2)
+    return int(received), int(timestamp)
+
+
+def _float(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)  # an int where the engine wrote one
 
 
 def parse_datagram(datagram: bytes) -> EngineState:

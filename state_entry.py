@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine_state import as_json_fields, quote_json
+from engine_state import as_json_fields, quote_json, times_ms
 from state_store import LIVE, STALE, EngineView, Shown
 
 CACHED_AGES = 65536
@@ -27,13 +27,14 @@ def entry(view: EngineView) -> dict[str, Any]:
     }
 
 
-def lasting_json(shown: Shown) -> bytes:
+def lasting_json(engine_id: str, shown: Shown) -> bytes:
     """The beginning of an entry: all that stays as it is until the next state comes."""
-    held, heartbeat, _, received_s, source, stamp = shown
-    received_ms = int(received_s * 1000)
+    held, heartbeat, _, source = shown
+    received_ms, timestamp_ms = times_ms(held)
     return (
-        f'{{{as_json_fields(held)}, "heartbeat": {"true" if heartbeat else "false"}, "received_ms": {received_ms}, '
-        f'"clock_offset_ms": {received_ms - int(stamp)}, "source": {quote_json(source)}, '
+        f'{{{as_json_fields(engine_id, held)}, "heartbeat": {"true" if heartbeat else "false"}, '
+        f'"received_ms": {received_ms}, "clock_offset_ms": {received_ms - timestamp_ms}, '
+        f'"source": {quote_json(source)}, '
     ).encode()
 
 

@@ -176,7 +176,7 @@ class Query:
         for engine_id, shown, age_ms, state_age_ms in rows:
             piece = old.get(engine_id)
             if piece is None or piece[0] is not shown:
-                piece = (shown, quote_json(engine_id).encode() + b": " + lasting_json(shown))
+                piece = (shown, quote_json(engine_id).encode() + b": " + lasting_json(engine_id, shown))
             lasting[engine_id] = piece
             if age_ms <= stale_ms:
                 live += 1
@@ -196,7 +196,7 @@ class Query:
             view = self._store.view(engine_id)
             if view is not None:
                 ages = self._ages_json[view.age_ms, view.state_age_ms]
-                return Answer(200, lasting_json(view.shown) + ages + b"\n")
+                return Answer(200, lasting_json(engine_id, view.shown) + ages + b"\n")
         else:
             past = self._store.history(engine_id)
             if past is not None:

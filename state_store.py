@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from daemon_log import OncePerMinute
-from engine_state import REASONS, EngineState, HeldState, as_state
+from engine_state import REASONS, EngineState, HeldState, as_state, hold_state, times_ms
 
 logger = logging.getLogger("elrar.store")
 
@@ -71,7 +71,7 @@ class Tally:
 
 # A valid state on its way from the listener: the state, or a usual datagram with its eight fields as bytes; and the
 # address that it came from, as `<ip>:<port>`. A plain tuple, since a class of its own takes 0.3 microseconds more.
-Received = tuple[HeldState, tuple[bytes, ...] | None, str]
+Received = tuple[EngineState | bytes, tuple[bytes, ...] | None, str]
 
 
 @dataclass(slots=True)
@@ -90,10 +90,9 @@ class Batch:
         return len(self.states) + self.rejected_source + len(self.invalid)
 
 
-# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic; since the
-# epoch), source, timestamp_ms in digits. Replaced as a whole and never changed, so that readers need no lock to see it
-# whole.
-Shown = tuple[HeldState, bool, float, float, str, bytes]
+# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic), source.
+# Replaced as a whole and never changed, so that readers need no lock to see it whole.
+Shown = tuple[HeldState, bool, float, str]
 
 
 class EngineView(NamedTuple):
@@ -107,8 +106,8 @@ class EngineView(NamedTuple):
 
     @property
     def state(self) -> EngineState:
-        """The state shown; where it was a usual datagram, it is parsed at each call."""
-        return as_state(self.shown[0])
+        """The state shown, made at each call."""
+        return as_state(self.engine_id, self.shown[0])
 
     @property
     def heartbeat(self) -> bool:
@@ -118,17 +117,18 @@ class EngineView(NamedTuple):
     @property
     def received_ms(self) -> int:
         """When the state shown was received, in ms since the epoch."""
-        return int(self.shown[3] * 1000)
+        return times_ms(self.shown[0])[0]
 
     @property
     def source(self) -> str:
         """Where the state shown came from."""
-        return self.shown[4]
+        return self.shown[3]
 
     @property
     def clock_offset_ms(self) -> int:
         """Receipt minus the engine's own timestamp: how far its clock is off, plus the way here."""
-        return self.received_ms - int(self.shown[5])
+        received_ms, timestamp_ms = times_ms(self.shown[0])
+        return received_ms - timestamp_ms
 
 
 # One engine at the moment of looking, as plain values: engine_id, what is shown, age_ms, state_age_ms.
@@ -148,29 +148,11 @@ _ROWS_AT_A_TIME = 8  # forgotten together, which takes a third of forgetting one
 _ROW_OVERHEAD = 48  # bytes of memory of a row besides its text
 
 
-def _forget_oldest(rows: list[bytes], count: int) -> int:
+def _forget_oldest(rows: list[HeldState], count: int) -> int:
     """Forget so many states of an engine's history; returns how many bytes of memory they took."""
     freed = sum(map(len, rows[:count])) + count * _ROW_OVERHEAD
     del rows[:count]
     return freed
-
-
-def _row(received_ms: bytes, state: EngineState) -> bytes:
-    """A line of history; its parts are apart by a character that no printable text has."""
-    values = state.values()
-    return b"\n".join((received_ms, *(str(value).encode() for value in values[1:])))
-
-
-def _past_state(engine_id: str, row: bytes) -> PastState:
-    received_ms, timestamp, latency, mode, pending, free, total, capacity = row.decode().split("\n")
-    state = EngineState(
-        engine_id, int(timestamp), _number(latency), mode, int(pending), int(free), int(total), _number(capacity)
-    )
-    return PastState(state, int(received_ms))
-
-
-def _number(text: str) -> float:
-    return int(text) if text.isdigit() else float(text)  # an int where the engine wrote one
 
 
 class _Engine:
@@ -186,7 +168,7 @@ class _Engine:
 
     def __init__(self, heard_at: float) -> None:
         self.heard_at = heard_at
-        self.rows: list[bytes] = []
+        self.rows: list[HeldState] = []  # its history, the newest at the end
         self.said_stale = False
 
 
@@ -234,8 +216,8 @@ class StateStore:
     def take(self, batch: Batch) -> list[str]:
         """Take what the listener received; returns the outcome of each of `batch.states`, in their order."""
         # One loop for all of it: a call for each state, and its look-ups of attributes, took half as long again.
-        now, received_s = batch.received_at, batch.received_s
-        received_ms = b"%d" % (received_s * 1000)
+        now = batch.received_at
+        received_ms = b"%d" % (batch.received_s * 1000)
         stale_s, stale_ms = self._stale_s, self._stale_ms
         live_since = now - stale_s
         history = self._history
@@ -243,13 +225,15 @@ class StateStore:
         outcomes = []
         with self._lock:
             engines, history_bytes, heard = self._engines, self._history_bytes, self._heard
-            for held, fields, source in batch.states:
+            for state, fields, source in batch.states:
                 if fields is not None:
                     encoded_id, stamp, latency, mode, pending, free, total, capacity = fields
                     engine_id, heartbeat = encoded_id.decode(), False
+                    held = b"\n".join((received_ms, stamp, latency, mode, pending, free, total, capacity))
                 else:
-                    state = as_state(held)
+                    assert isinstance(state, EngineState)
                     engine_id, stamp, heartbeat = state.engine_id, b"%d" % state.timestamp_ms, state.is_heartbeat
+                    held = hold_state(received_ms, state)
                 engine = engines.get(engine_id)
                 if engine is None:
                     if len(engines) >= self._max_engines:
@@ -271,7 +255,7 @@ class StateStore:
                     # What is newer than all before is neither. Digits are compared as they came: making numbers of them
                     # takes a tenth of this loop.
                     if live and not (stamp > newest and len(stamp) == len(newest)):
-                        if stamp == engine.last_stamp and _same(held, engine.last):
+                        if stamp == engine.last_stamp and _same(engine_id, held, engine.last):
                             outcomes.append(DUPLICATE)
                             continue
                         # Lower by more than the threshold is an engine that restarted, or whose clock was set.
@@ -289,15 +273,11 @@ class StateStore:
                             continue
                 engine.last = held
                 engine.last_stamp = engine.newest = stamp
-                engine.shown = (held, heartbeat, now, received_s, source, stamp)
+                engine.shown = (held, heartbeat, now, source)
                 if history:
-                    if fields is not None:
-                        row = b"\n".join((received_ms, stamp, latency, mode, pending, free, total, capacity))
-                    else:
-                        row = _row(received_ms, state)
                     rows = engine.rows
-                    rows.append(row)
-                    history_bytes += len(row) + _ROW_OVERHEAD
+                    rows.append(held)
+                    history_bytes += len(held) + _ROW_OVERHEAD
                     if len(rows) > most_rows:
                         history_bytes -= _forget_oldest(rows, len(rows) - history)
                     if history_bytes > HISTORY_BYTES:
@@ -443,7 +423,7 @@ class StateStore:
             if engine is None:
                 return None
             rows = engine.rows[-self._history :]
-        return [_past_state(engine_id, row) for row in rows]
+        return [PastState(as_state(engine_id, held), times_ms(held)[0]) for held in rows]
 
     def _view(self, engine_id: str, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
@@ -453,9 +433,9 @@ class StateStore:
         return EngineView(engine_id, status, age_ms, max(age_ms, _whole_ms(now - shown[2])), shown)
 
 
-def _same(held: HeldState, other: HeldState) -> bool:
-    """Whether all eight fields are equal, however they were written."""
-    return held == other or as_state(held) == as_state(other)
+def _same(engine_id: str, held: HeldState, other: HeldState) -> bool:
+    """Whether all fields are equal, however they were written and whenever they were received."""
+    return as_state(engine_id, held) == as_state(engine_id, other)
 
 
 def _count(notice: OncePerMinute, engine_id: str) -> None:

@@ -193,9 +193,9 @@ class Watch:
             row = event.removed or rows.get(event.engine_id)
             if row is None:
                 continue  # removed meanwhile, which the next look tells
-            _, shown, age_ms, state_age_ms = row
+            engine_id, shown, age_ms, state_age_ms = row
             number = self.next_number() if anew else event.number
-            entry = lasting_json(shown) + self.ages_json[age_ms, state_age_ms]
+            entry = lasting_json(engine_id, shown) + self.ages_json[age_ms, state_age_ms]
             text.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (number, event.kind, entry))
         self.events += len(text)
         return b"".join(text)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 
 from config import BROADCAST, Network
 from daemon_log import OncePerMinute
-from engine_state import InvalidDatagram, as_state, parse_datagram, recognise_usual
+from engine_state import EngineState, InvalidDatagram, parse_datagram, recognise_usual
 from state_log import StateLog
-from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
+from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, Received, StateStore
 from udp_receiver import BATCH_DATAGRAMS, Datagram, make_receiver, unpack_address
 
 logger = logging.getLogger("elrar.listener")
@@ -260,12 +260,12 @@ class UdpListener:
 
     def _note(self, batch: Batch, outcomes: list[str]) -> None:
         if REJECTED_CAPACITY in outcomes:
-            for (held, _, source), outcome in zip(batch.states, outcomes, strict=True):
+            for received, outcome in zip(batch.states, outcomes, strict=True):
                 if outcome is REJECTED_CAPACITY and self._capacity.add():
-                    self._capacity.example(f"engine_id={as_state(held).engine_id!r} source={source}")
+                    self._capacity.example(f"engine_id={_engine_id(received)!r} source={received[2]}")
         if logger.isEnabledFor(logging.DEBUG):
-            for (held, _, source), outcome in zip(batch.states, outcomes, strict=True):
-                logger.debug("datagram %s engine_id=%r source=%s", outcome, as_state(held).engine_id, source)
+            for received, outcome in zip(batch.states, outcomes, strict=True):
+                logger.debug("datagram %s engine_id=%r source=%s", outcome, _engine_id(received), received[2])
             for reason in batch.invalid:
                 logger.debug("datagram rejected reason=%s", reason)
 
@@ -313,6 +313,11 @@ class UdpListener:
         """Close the descriptors and nothing else, in a forked child."""
         for sock in (*self._sockets.values(), self._wake_reader, self._wake_writer):
             sock.close()
+
+
+def _engine_id(received: Received) -> str:
+    state, _, _ = received
+    return state.engine_id if isinstance(state, EngineState) else parse_datagram(state).engine_id
 
 
 def granted_receive_buffer(sock: socket.socket) -> int:

@@ -17,6 +17,7 @@ from engine_state import (
     InvalidDatagram,
     as_json_fields,
     as_state,
+    hold_state,
     parse_datagram,
     recognise_usual,
 )
@@ -141,8 +142,11 @@ class Fuzz(unittest.TestCase):
                 usual[1].decode(), int(usual[2]), float(usual[3]), usual[4].decode(), int(usual[5]), int(usual[6]),
                 int(usual[7]), float(usual[8]),
             )  # fmt: skip
-            written = json.loads(f"{{{as_json_fields(one)}}}")
-            if read != state.values() or state.is_heartbeat or written != state.as_dict() or as_state(one) != state:
+            held = b"\n".join((b"1795000000000", *usual.groups()[1:]))
+            fields = as_json_fields(state.engine_id, held)
+            if fields.encode() != one[1:-1] or as_state(state.engine_id, held) != state:
+                self.fail(f"datagram {number} is held as {held!r}")
+            if read != state.values() or state.is_heartbeat or json.loads(f"{{{fields}}}") != state.as_dict():
                 self.fail(f"datagram {number}: {read} {state} from {one!r}")
         self.assertGreater(recognised, 30_000)
 
@@ -169,6 +173,12 @@ class Fuzz(unittest.TestCase):
             written = f"{{{state.json_fields()}}}"
             if not is_exactly_valid(state) or json.loads(written.encode()) != state.as_dict():
                 self.fail(f"datagram {number}: {state} from {one!r}")
+            held = hold_state(b"1795000000000", state)
+            if (
+                repr(as_state(state.engine_id, held)) != repr(state)
+                or as_json_fields(state.engine_id, held) != written[1:-1]
+            ):
+                self.fail(f"datagram {number}: {state} is held as {held!r}")
         self.assertGreater(taken, 5_000)
         self.assertGreater(refused, 50_000)
 
