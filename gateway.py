@@ -743,15 +743,22 @@ def _health_check(config: Config) -> int:
 def _print(text: str) -> int:
     """Print what was asked for; returns the exit status, which is 1 where nobody can read it."""
     try:
-        print(text, flush=True)  # noqa: T201
-    except (OSError, AttributeError):
+        _write(1, text)
+    except OSError:
         return 1
     return 0
 
 
 def _complain(line: str) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # stderr may be full or closed
-        print(line, file=sys.stderr, flush=True)  # noqa: T201 - before there is a log
+    with contextlib.suppress(OSError):  # stderr may be full or closed
+        _write(2, line)  # before there is a log
+
+
+def _write(fd: int, text: str) -> None:
+    """Write a line past Python's own buffers: what they cannot get rid of at the end makes the exit status 120."""
+    data = text.encode("utf-8", "backslashreplace") + b"\n"
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def _occupy_standard_descriptors() -> None:

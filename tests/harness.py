@@ -95,8 +95,8 @@ def ipv6_works() -> bool:
 
 
 def clean_environment(**settings: object) -> dict[str, str]:
-    """This process's environment without any setting of a gateway, and with those given (names without prefix)."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    """This process's environment without settings of a gateway or of Python, and with those given (without prefix)."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PYTHON"))}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     for name, value in settings.items():
         environment[name if name.startswith("VLLM_") else f"VLLM_STATE_GATEWAY_{name}"] = str(value)
