@@ -71,7 +71,7 @@ class Watch:
         self._removed: dict[str, _Event] = {}  # the same, of engines that are no more
         self._stale: set[str] = set()  # as the readers were told
         self._readers: set[WatchReader] = set()
-        self._look_at = self._looked_at = self._look_for_stale_at = float("-inf")
+        self._looked_at = self._look_for_stale_at = float("-inf")
         self.events = 0  # sent, to all readers together
         self.merged_events = 0  # not sent, because a newer one of the same engine took their place
         self.rejected_readers = 0
@@ -91,8 +91,7 @@ class Watch:
         if len(self._readers) >= MAX_READERS:
             self.rejected_readers += 1
             return None
-        self._look_at = float("-inf")
-        self.look()
+        self._look(self._clock())
         reader = WatchReader(self, snapshot, frozenset(engine_ids), min_interval_ms / 1000, self._clock)
         missed = None if min_interval_ms else self._since(last_event_id)
         if missed is None:
@@ -123,9 +122,10 @@ class Watch:
     def look(self) -> None:
         """Find out what changed since the last look, and give it to every reader."""
         now = self._clock()
-        if now < self._look_at:
-            return
-        self._look_at = now + LOOK_S
+        if now >= self._looked_at + LOOK_S:
+            self._look(now)
+
+    def _look(self, now: float) -> None:
         if now - self._looked_at > PAUSED_S:
             self._look_for_stale_at = now + STALE_AFTER_PAUSE_S
         self._looked_at = now

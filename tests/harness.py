@@ -84,6 +84,26 @@ def wait_until(what: str, happened: Callable[[], Any]) -> Any:
         os.sched_yield()
 
 
+@contextlib.contextmanager
+def again_and_again(interval_s: float, do: Callable[[int], None]) -> Iterator[None]:
+    """Have `do` called with 1, 2, 3, ... in a thread of its own, as long as the context lasts."""
+    done = threading.Event()
+
+    def run() -> None:
+        turn = 0
+        while not done.wait(interval_s):
+            turn += 1
+            do(turn)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def ipv6_works() -> bool:
     """Whether this machine has an IPv6 loopback."""
     try:

@@ -27,6 +27,7 @@ from tests.harness import (
     DEADLINE_S,
     Answer,
     Daemon,
+    again_and_again,
     datagram,
     gateway_command,
     logged_states,
@@ -68,6 +69,15 @@ class FaultCase(unittest.TestCase):
 
         wait_until("the good datagram to be shown", shown)
 
+    def wait_accounted_for(self, running: Daemon, sent: int) -> Any:
+        """The statistics once so many datagrams have been received or dropped by the kernel."""
+
+        def accounted_for() -> Any:
+            stats = running.stats()
+            return stats if stats["total_received"] + stats["kernel_dropped"] >= sent else None
+
+        return wait_until(f"{sent} datagrams to be accounted for", accounted_for)
+
     def wait_log(self, running: Daemon, **expected: int) -> Any:
         """The log's counters once they have the expected values."""
 
@@ -100,22 +110,13 @@ def peak_memory(running: Daemon) -> int:
 @contextlib.contextmanager
 def honest_engines(running: Daemon, count: int) -> Iterator[None]:
     """Engines that push every 100 ms as long as the context lasts."""
-    done = threading.Event()
 
-    def push() -> None:
-        turn = 0
-        while not done.wait(0.1):
-            turn += 1
-            running.send(*(datagram(engine_id=f"honest-{n}", timestamp_ms=turn * 100) for n in range(count)))
+    def push(turn: int) -> None:
+        running.send(*(datagram(engine_id=f"honest-{n}", timestamp_ms=turn * 100) for n in range(count)))
 
-    running.send(*(datagram(engine_id=f"honest-{n}", timestamp_ms=0) for n in range(count)))
-    pusher = threading.Thread(target=push)
-    pusher.start()
-    try:
+    push(0)
+    with again_and_again(0.1, push):
         yield
-    finally:
-        done.set()
-        pusher.join()
 
 
 class Floods(FaultCase):
@@ -138,12 +139,7 @@ class Floods(FaultCase):
                     status = {engines[f"honest-{n}"]["status"] for n in range(20)}
                     self.assertEqual(status, {"live"}, f"kernel dropped {running.stats()['kernel_dropped']}")
             self.assertGreater(sent, 2000)
-
-            def is_over() -> bool:
-                stats = running.stats()
-                return bool(stats["total_received"] + stats["kernel_dropped"] >= sent)
-
-            wait_until("every datagram of the flood to be accounted for", is_over)
+            self.wait_accounted_for(running, sent)
             self.assert_takes_a_good_datagram(running)
         self.assert_adds_up(running.stats())
         self.assertLess(peak_memory(running) - before, 50 * 1024 * 1024)
@@ -194,12 +190,7 @@ class Floods(FaultCase):
         running.signal(signal.SIGSTOP)
         running.send(*(datagram(timestamp_ms=number) for number in range(1000)))
         running.signal(signal.SIGCONT)
-
-        def all_accounted_for() -> Any:
-            stats = running.stats()
-            return stats if stats["total_received"] + stats["kernel_dropped"] >= 1000 else None
-
-        stats = wait_until("all to be accounted for", all_accounted_for)
+        stats = self.wait_accounted_for(running, 1000)
         self.assertGreater(stats["kernel_dropped"], 0)
         self.assertEqual(stats["total_received"] + stats["kernel_dropped"], 1000)
         self.assertIn(

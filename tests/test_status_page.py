@@ -15,14 +15,13 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import unittest
 from collections.abc import Iterator
 from typing import Any
 
 from engine_state import REASONS
 from state_watch import MAX_READERS
-from tests.harness import DEADLINE_S, TOP, Daemon, daemon, datagram, free_port, heartbeat, wait_until
+from tests.harness import DEADLINE_S, TOP, Daemon, again_and_again, daemon, datagram, free_port, heartbeat, wait_until
 
 PAGE = (TOP / "status_page.html").read_text(encoding="utf-8")
 SVG = "http://www.w3.org/2000/svg"  # the name of a language, and no address that is asked for anything
@@ -221,25 +220,16 @@ class Browser:
 @contextlib.contextmanager
 def pushing(running: Daemon, count: int, interval_s: float) -> Iterator[None]:
     """Engines that push for as long as the context lasts; engine-n has n tokens waiting."""
-    done = threading.Event()
 
-    def push() -> None:
-        turn = 0
-        while not done.wait(interval_s):
-            turn += 1
-            for first in range(0, count, 100):
-                numbers = range(first, min(count, first + 100))
-                running.send(
-                    *(datagram(engine_id=f"engine-{n}", timestamp_ms=turn, pending_tokens_total=n) for n in numbers)
-                )
+    def push(turn: int) -> None:
+        for first in range(0, count, 100):
+            numbers = range(first, min(count, first + 100))
+            running.send(
+                *(datagram(engine_id=f"engine-{n}", timestamp_ms=turn, pending_tokens_total=n) for n in numbers)
+            )
 
-    pusher = threading.Thread(target=push)
-    pusher.start()
-    try:
+    with again_and_again(interval_s, push):
         yield
-    finally:
-        done.set()
-        pusher.join()
 
 
 @unittest.skipIf(why_no_browser(), why_no_browser())

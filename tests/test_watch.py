@@ -497,7 +497,6 @@ class Stream:
         self.response = http.client.HTTPResponse(self.sock)
         self.response.begin()
         self.last = 0
-        self.snapshot: Event | None = None
 
     def events(self) -> Iterator[Event]:
         """Events as they come, until the stream ends; fails where none has come for longer than DEADLINE_S."""
@@ -538,8 +537,7 @@ class RealSockets(unittest.TestCase):
         self.addCleanup(stream.close)
         self.assertEqual(stream.response.status, 200)
         if not last_event_id:  # what is sent from here on is an event, and not in the snapshot already
-            stream.snapshot = next(stream.events())
-            self.assertEqual(stream.snapshot.kind, "snapshot")
+            self.assertEqual(next(stream.events()).kind, "snapshot")
         return stream
 
     def test_a_fleet_is_followed_through_silence_and_return(self) -> None:
