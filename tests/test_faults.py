@@ -109,13 +109,13 @@ def peak_memory(running: Daemon) -> int:
 
 @contextlib.contextmanager
 def honest_engines(running: Daemon, count: int) -> Iterator[None]:
-    """Engines that push every 100 ms as long as the context lasts."""
+    """Engines that push every 100 ms as long as the context lasts, and that are all known when it begins."""
 
     def push(turn: int) -> None:
         running.send(*(datagram(engine_id=f"honest-{n}", timestamp_ms=turn * 100) for n in range(count)))
 
-    push(0)
     with again_and_again(0.1, push):
+        wait_until("the honest engines to be known", lambda: running.stats()["total_engines"] >= count)
         yield
 
 
