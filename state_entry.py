@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine_state import as_json_fields, quote_json, times_ms
+from engine_state import as_json, quote_json, received_ms, timestamp_ms
 from state_store import LIVE, STALE, EngineView, Shown
 
 CACHED_AGES = 65536
@@ -30,12 +30,14 @@ def entry(view: EngineView) -> dict[str, Any]:
 def lasting_json(engine_id: str, shown: Shown) -> bytes:
     """The beginning of an entry: all that stays as it is until the next state comes."""
     held, heartbeat, _, source = shown
-    received_ms, timestamp_ms = times_ms(held)
-    return (
-        f'{{{as_json_fields(engine_id, held)}, "heartbeat": {"true" if heartbeat else "false"}, '
-        f'"received_ms": {received_ms}, "clock_offset_ms": {received_ms - timestamp_ms}, '
-        f'"source": {quote_json(source)}, '
-    ).encode()
+    received = received_ms(held)
+    return b'{%b, "heartbeat": %b, "received_ms": %d, "clock_offset_ms": %d, "source": %b, ' % (
+        as_json(quote_json(engine_id).encode(), held),
+        b"true" if heartbeat else b"false",
+        received,
+        received - timestamp_ms(held),
+        source,
+    )
 
 
 class AgesJson(dict[tuple[int, int], bytes]):

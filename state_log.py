@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import logging
 import os
@@ -15,23 +16,23 @@ import select
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from daemon_log import OncePerMinute
-from engine_state import quote_json
-from state_store import Received
 
 logger = logging.getLogger("elrar.log")
 
 BUFFER_BYTES = 32 * 1024 * 1024  # 20 s of 5,000 states/s
 FLUSH_INTERVAL_S = 0.03  # what a `kill -9` can lose; ten times as often takes no measurable CPU
+FLUSH_BYTES = 256 * 1024  # or as soon as so much waits, for as long as it is in the processor's cache
 PIPE_PATIENCE_S = 0.5  # for the reader of a pipe to make room, before it counts as trouble
 RETRY_INTERVAL_S = 1.0
 ROTATE_RETRY_S = 60.0
 NEVER_ROTATED = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")  # names that are no places in a folder
-CACHED_LINE_ENDS = 16384  # sources
 WRITE_BYTES = 1024 * 1024  # at most in one system call, so that a slow disk is seen to move
+WRITE_PIECES = 1000  # the same; systems take 1024
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,6 @@ class _Lines:
     data: bytes
     states: int  # how many lines; 0 for the one line of an event
     offset: int = 0
-
-
-class _LineEnds(dict[str, bytes]):
-    """The end of a line for each source, made when it is first needed."""
-
-    def __missing__(self, source: str) -> bytes:
-        if len(self) >= CACHED_LINE_ENDS:
-            self.clear()
-        end = self[source] = b', "source": %b}\n' % quote_json(source).encode()
-        return end
 
 
 class StateLog:
@@ -86,18 +77,19 @@ class StateLog:
         self._buffer_bytes = buffer_bytes
         self._clock = clock
         self._wall_clock = wall_clock
-        # Guards the four below: appended to by the listener, swapped out whole by the writer.
+        # Guards the five below: appended to by the listener, swapped out whole by the writer.
         self._lock = threading.Lock()
         self._waiting: list[_Lines] = []
+        self._waiting_bytes = 0
         self._buffered_bytes = 0  # appended and not yet written, `_unwritten` included
         self._appended = 0  # states
         self._dropped = 0
-        self._line_ends = _LineEnds()  # of `append`'s thread
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._due = threading.Event()  # wakes the writer up before its time
         self._reopen_asked = False
         # All below is the writer's own.
         self._fd = -1
-        self._unwritten: list[_Lines] = []
+        self._unwritten: deque[_Lines] = deque()
         self._written = 0
         self._errors = 0
         self._rotations = 0
@@ -122,20 +114,20 @@ class StateLog:
             self._close_file()
             raise
 
-    def append(self, received_s: float, states: Iterable[Received]) -> None:
+    def append(self, received_s: float, states: Sequence[bytes], sources: Sequence[bytes]) -> None:
         """Buffer the lines of states that were received at `received_s` (s since the epoch).
 
-        Of one thread at a time. A usual datagram is in its line as it was sent, which takes a tenth of writing it anew.
+        Each is the JSON object of a state, and its source as JSON text. A usual datagram is in its line as it was sent,
+        which takes a tenth of writing it anew.
         """
-        states = list(states)
         if not states:
             return
-        ends = self._line_ends
-        pieces = [b'{"timestamp": %b, "state": ' % repr(received_s).encode()] * (3 * len(states))
-        pieces[1::3] = [
-            held if isinstance(held, bytes) else f"{{{held.json_fields()}}}".encode() for held, _, _ in states
-        ]
-        pieces[2::3] = [ends[source] for _, _, source in states]
+        begin = b'{"timestamp": %b, "state": ' % repr(received_s).encode()
+        pieces = [b"}\n" + begin, b"", b', "source": ', b""] * len(states)
+        pieces[0] = begin
+        pieces[1::4] = states
+        pieces[3::4] = sources
+        pieces.append(b"}\n")
         self._buffer(_Lines(b"".join(pieces), len(states)))
 
     def _buffer(self, lines: _Lines) -> None:
@@ -147,6 +139,10 @@ class StateLog:
             self._buffered_bytes += size
             self._appended += lines.states
             self._waiting.append(lines)
+            self._waiting_bytes += size
+            due = self._waiting_bytes >= FLUSH_BYTES
+        if due and not self._due.is_set():
+            self._due.set()
 
     def _event(self, event: str, message: str, fields: dict[str, object]) -> _Lines:
         document = {"timestamp": self._wall_clock(), "event": event, "message": message, **fields}
@@ -161,15 +157,18 @@ class StateLog:
         return LogCounters(self._written, self._dropped, self._errors, self._rotations)
 
     def run(self) -> None:
-        """Write what waits, every FLUSH_INTERVAL_S, until `stop` is called; then once more."""
-        while not self._stopping.wait(FLUSH_INTERVAL_S):
+        """Write what waits, every FLUSH_INTERVAL_S or FLUSH_BYTES, until `stop` is called; then once more."""
+        while not self._stopping:
             self.step()
+            self._due.wait(FLUSH_INTERVAL_S)
+            self._due.clear()
         self._retry_at = self._clock()
         self.step()
 
     def stop(self) -> None:
         """Make `run` write what waits and return; from any thread, twice is harmless."""
-        self._stopping.set()
+        self._stopping = True
+        self._due.set()
 
     def close(self, event: str, message: str, **fields: object) -> int:
         """Write the last line and close the file; returns how many states had to be given up.
@@ -235,48 +234,58 @@ class StateLog:
             )
 
     def _take_waiting(self) -> None:
-        """Join what waits to pieces of up to WRITE_BYTES, so that many small batches are one write."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
-        waiting.reverse()
-        while waiting:
-            parts: list[bytes] = []
-            states = size = 0
-            while waiting and (not parts or size + len(waiting[-1].data) <= WRITE_BYTES):
-                lines = waiting.pop()
-                parts.append(lines.data)
-                states += lines.states
-                size += len(lines.data)
-            self._unwritten.append(_Lines(b"".join(parts), states))
+            self._waiting_bytes = 0
+        self._unwritten.extend(waiting)
 
     def _write_unwritten(self) -> None:
         while self._unwritten:
-            lines = self._unwritten[0]
-            self._write_lines(lines)
-            del self._unwritten[0]
-            with self._lock:
-                if lines.states:
-                    self._buffered_bytes -= len(lines.data)
-
-    def _write_lines(self, lines: _Lines) -> None:
-        data = lines.data
-        view = memoryview(data)
-        while lines.offset < len(data):
-            end = min(len(data), lines.offset + WRITE_BYTES)
-            if self._rotates():
-                end = self._end_in_this_file(lines, end)
+            pieces = self._next_pieces()  # which may rotate, and so change the descriptor
             try:
-                wrote = os.write(self._fd, view[lines.offset : end])
+                wrote = os.writev(self._fd, pieces)
             except BlockingIOError:  # a pipe is full
-                if not select.select([], [self._fd], [], 0 if self._stopping.is_set() else PIPE_PATIENCE_S)[1]:
+                if not select.select([], [self._fd], [], 0 if self._stopping else PIPE_PATIENCE_S)[1]:
                     raise
                 continue
-            if wrote == len(data):
+            self._note_written(wrote)
+            self.moved_at = self._clock()
+
+    def _next_pieces(self) -> list[memoryview | bytes]:
+        """What is written next, in one system call: up to WRITE_BYTES, and not more than has room in the file."""
+        first = self._unwritten[0]
+        end = min(len(first.data), first.offset + WRITE_BYTES)
+        room = WRITE_BYTES
+        if self._rotates():
+            end = self._end_in_this_file(first, end)
+            room = min(room, self._max_bytes - os.fstat(self._fd).st_size)
+        pieces: list[memoryview | bytes] = [memoryview(first.data)[first.offset : end]]
+        room -= end - first.offset
+        if end == len(first.data):
+            for lines in itertools.islice(self._unwritten, 1, WRITE_PIECES):
+                room -= len(lines.data)
+                if room < 0:
+                    break
+                pieces.append(lines.data)
+        return pieces
+
+    def _note_written(self, wrote: int) -> None:
+        """Go on after so many bytes, counting the states whose lines are whole in the file by now."""
+        finished = 0
+        while wrote:
+            lines = self._unwritten[0]
+            begun, size = lines.offset, len(lines.data)
+            lines.offset = min(size, begun + wrote)
+            wrote -= lines.offset - begun
+            if lines.offset - begun == size:
                 self._written += lines.states  # counting its lines takes a tenth of a microsecond each
             elif lines.states:
-                self._written += data.count(b"\n", lines.offset, lines.offset + wrote)
-            lines.offset += wrote
-            self.moved_at = self._clock()
+                self._written += lines.data.count(b"\n", begun, lines.offset)
+            if lines.offset == size:
+                self._unwritten.popleft()
+                finished += size if lines.states else 0  # an event's is not in the buffer's account
+        with self._lock:
+            self._buffered_bytes -= finished
 
     def _rotates(self) -> bool:
         return (

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote
 
 import state_metrics as metrics
-from engine_state import quote_json
+from engine_state import fields_json, quote_json
 from state_entry import lasting_json
 from state_store import LIVE, STALE, Shown, StateStore
 from state_watch import MAX_READERS, Watch, WatchReader
@@ -200,10 +200,11 @@ class Query:
         else:
             past = self._store.history(engine_id)
             if past is not None:
-                states = ", ".join(
-                    f'{{{state.json_fields()}, "received_ms": {received_ms}}}' for state, received_ms in past
-                )
-                return Answer(200, f"[{states}]\n".encode())
+                states = [
+                    b'{%b, "received_ms": %d}' % (fields_json(state.fields()), received_ms)
+                    for state, received_ms in past
+                ]
+                return Answer(200, b"[%b]\n" % b", ".join(states))
         raise QueryError(404, "no such engine; its id is percent-encoded, as in http%3A%2F%2Fhost%3A8000")
 
     def _metrics(self) -> Answer:

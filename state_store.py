@@ -5,15 +5,28 @@ The store decides the outcome of a datagram and counts it. It never waits for th
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from daemon_log import OncePerMinute
-from engine_state import REASONS, EngineState, HeldState, as_state, hold_state, times_ms
+from engine_state import (
+    REASONS,
+    EngineState,
+    Fields,
+    HeldState,
+    as_state,
+    hold,
+    is_heartbeat,
+    is_same,
+    quote_json,
+    received_ms,
+    timestamp_ms,
+)
 
 logger = logging.getLogger("elrar.store")
 
@@ -69,18 +82,14 @@ class Tally:
         return sum(self.invalid.values())
 
 
-# A valid state on its way from the listener: the state, or a usual datagram with its eight fields as bytes; and the
-# address that it came from, as `<ip>:<port>`. A plain tuple, since a class of its own takes 0.3 microseconds more.
-Received = tuple[EngineState | bytes, tuple[bytes, ...] | None, str]
-
-
 @dataclass(slots=True)
 class Batch:
     """What the listener took from the socket in one go, in order of arrival."""
 
     received_at: float  # s, the gateway's monotonic clock
     received_s: float  # s since the epoch
-    states: list[Received] = field(default_factory=list)
+    states: Sequence[Fields] = ()  # the valid ones
+    sources: Sequence[bytes] = ()  # for each of them where it came from, `<ip>:<port>` as JSON text
     rejected_source: int = 0
     invalid: list[str] = field(default_factory=list)  # a reason each
 
@@ -90,9 +99,9 @@ class Batch:
         return len(self.states) + self.rejected_source + len(self.invalid)
 
 
-# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic), source.
-# Replaced as a whole and never changed, so that readers need no lock to see it whole.
-Shown = tuple[HeldState, bool, float, str]
+# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic), and its source
+# as JSON text. Replaced as a whole and never changed, so that readers need no lock to see it whole.
+Shown = tuple[HeldState, bool, float, bytes]
 
 
 class EngineView(NamedTuple):
@@ -117,18 +126,17 @@ class EngineView(NamedTuple):
     @property
     def received_ms(self) -> int:
         """When the state shown was received, in ms since the epoch."""
-        return times_ms(self.shown[0])[0]
+        return received_ms(self.shown[0])
 
     @property
     def source(self) -> str:
-        """Where the state shown came from."""
-        return self.shown[3]
+        """Where the state shown came from, as `<ip>:<port>`."""
+        return str(json.loads(self.shown[3]))
 
     @property
     def clock_offset_ms(self) -> int:
         """Receipt minus the engine's own timestamp: how far its clock is off, plus the way here."""
-        received_ms, timestamp_ms = times_ms(self.shown[0])
-        return received_ms - timestamp_ms
+        return received_ms(self.shown[0]) - timestamp_ms(self.shown[0])
 
 
 # One engine at the moment of looking, as plain values: engine_id, what is shown, age_ms, state_age_ms.
@@ -146,6 +154,8 @@ HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual one
 NEWS_KEPT_S = 60.0  # for somebody who watched and may come back
 _ROWS_AT_A_TIME = 8  # forgotten together, which takes a third of forgetting one with each that comes
 _ROW_OVERHEAD = 48  # bytes of memory of a row besides its text
+_ONE = b"1"
+_LINE_END = ord("\n")
 
 
 def _forget_oldest(rows: list[HeldState], count: int) -> int:
@@ -158,16 +168,18 @@ def _forget_oldest(rows: list[HeldState], count: int) -> int:
 class _Engine:
     """What is held of one engine. Written under the store's lock only."""
 
-    __slots__ = ("heard_at", "last", "last_stamp", "newest", "rows", "said_stale", "shown")
+    __slots__ = ("engine_id", "heard_at", "last", "newest", "rows", "said_stale", "shown")
 
     heard_at: float  # monotonic, when the last datagram was taken from it
     last: HeldState  # the last datagram taken from it
-    last_stamp: bytes  # its timestamp_ms, in digits
-    newest: bytes  # the newest timestamp_ms taken since it last restarted, in digits
+    newest: HeldState  # the one with the newest timestamp_ms since it last restarted
     shown: Shown
 
-    def __init__(self, heard_at: float) -> None:
-        self.heard_at = heard_at
+    def __init__(self, quoted_id: bytes, shown: Shown) -> None:
+        self.engine_id: str = json.loads(quoted_id)
+        self.heard_at = float("-inf")  # until the datagram is taken that it appears with
+        self.last = self.newest = shown[0]
+        self.shown = shown
         self.rows: list[HeldState] = []  # its history, the newest at the end
         self.said_stale = False
 
@@ -200,13 +212,13 @@ class StateStore:
         self._clock = clock
         # Guards all below, for the time of one batch or one copy. Nothing slow happens under it.
         self._lock = threading.Lock()
-        self._engines: dict[str, _Engine] = {}
+        self._engines: dict[bytes, _Engine] = {}  # by engine_id as JSON text, which is what a datagram has
         self._history_bytes = 0
         self._changes = 0
         self._tally = Tally()
         self._drained_at = clock()
-        self._heard: dict[str, None] | None = None  # who was heard from since somebody looked; None = nobody looks
-        self._gone: list[tuple[str, _Engine]] = []  # who was removed since then
+        self._heard: dict[bytes, None] | None = None  # who was heard from since somebody looked; None = nobody looks
+        self._gone: list[_Engine] = []  # who was removed since then
         self._news_at = float("-inf")  # when somebody looked
         self._appeared = OncePerMinute(clock)
         self._went_stale = OncePerMinute(clock)
@@ -217,71 +229,61 @@ class StateStore:
         """Take what the listener received; returns the outcome of each of `batch.states`, in their order."""
         # One loop for all of it: a call for each state, and its look-ups of attributes, took half as long again.
         now = batch.received_at
-        received_ms = b"%d" % (batch.received_s * 1000)
+        received = b"%d" % (batch.received_s * 1000)
         stale_s, stale_ms = self._stale_s, self._stale_ms
         live_since = now - stale_s
         history = self._history
-        most_rows = history + _ROWS_AT_A_TIME
         outcomes = []
         with self._lock:
             engines, history_bytes, heard = self._engines, self._history_bytes, self._heard
-            for state, fields, source in batch.states:
-                if fields is not None:
-                    encoded_id, stamp, latency, mode, pending, free, total, capacity = fields
-                    engine_id, heartbeat = encoded_id.decode(), False
-                    held = b"\n".join((received_ms, stamp, latency, mode, pending, free, total, capacity))
-                else:
-                    assert isinstance(state, EngineState)
-                    engine_id, stamp, heartbeat = state.engine_id, b"%d" % state.timestamp_ms, state.is_heartbeat
-                    held = hold_state(received_ms, state)
-                engine = engines.get(engine_id)
+            crowded = history_bytes > HISTORY_BYTES
+            most_rows = 1 if crowded else history + _ROWS_AT_A_TIME
+            for fields, source in zip(batch.states, batch.sources, strict=True):
+                quoted_id, stamp, latency, mode, pending, free, total, capacity = fields
+                held = hold((stamp, latency, mode, pending, free, total, capacity, received))
+                heartbeat = capacity < _ONE and is_heartbeat(fields)  # no zero begins with a digit from 1 to 9
+                engine = engines.get(quoted_id)
                 if engine is None:
                     if len(engines) >= self._max_engines:
                         outcomes.append(REJECTED_CAPACITY)
                         continue
-                    engine = engines[engine_id] = _Engine(now)
-                    _count(self._appeared, engine_id)
-                    if heard is not None:
-                        heard[engine_id] = None
-                else:
-                    if heard is not None:
-                        heard[engine_id] = None
-                    live = engine.heard_at > live_since
-                    engine.heard_at = now
-                    if engine.said_stale:
-                        engine.said_stale = False
-                        _count(self._returned, engine_id)
+                    engine = engines[quoted_id] = _Engine(quoted_id, (held, heartbeat, now, source))
+                    _count(self._appeared, engine.engine_id)
+                if heard is not None:
+                    heard[quoted_id] = None
+                live = engine.heard_at > live_since
+                engine.heard_at = now
+                if live:
                     newest = engine.newest
-                    # What is newer than all before is neither. Digits are compared as they came: making numbers of them
-                    # takes a tenth of this loop.
-                    if live and not (stamp > newest and len(stamp) == len(newest)):
-                        if stamp == engine.last_stamp and _same(engine_id, held, engine.last):
+                    # What is newer than all before is neither. Digits are compared as they came, where both stamps have
+                    # as many: making numbers of them takes a tenth of this loop.
+                    if not (stamp > newest and newest[len(stamp)] == _LINE_END):
+                        if is_same(held, engine.last):
                             outcomes.append(DUPLICATE)
                             continue
                         # Lower by more than the threshold is an engine that restarted, or whose clock was set.
-                        if 0 < int(newest) - int(stamp) <= stale_ms:
-                            engine.last, engine.last_stamp = held, stamp
+                        if 0 < timestamp_ms(newest) - int(stamp) <= stale_ms:
+                            engine.last = held
                             outcomes.append(OUT_OF_ORDER)
                             continue
-                    if heartbeat:
-                        _, shows_heartbeat, shown_at, *_ = engine.shown
-                        if not shows_heartbeat and now - shown_at < stale_s:
-                            # Its placeholders would make a busy engine look idle: the load state stays in the table.
-                            engine.last = held
-                            engine.last_stamp = engine.newest = stamp
-                            outcomes.append(HEARTBEAT)
-                            continue
-                engine.last = held
-                engine.last_stamp = engine.newest = stamp
+                elif engine.said_stale:
+                    engine.said_stale = False
+                    _count(self._returned, engine.engine_id)
+                engine.last = engine.newest = held
+                if heartbeat:
+                    _, shows_heartbeat, shown_at, _ = engine.shown
+                    if not shows_heartbeat and now - shown_at < stale_s:
+                        # Its placeholders would make a busy engine look idle: the load state stays in the table.
+                        outcomes.append(HEARTBEAT)
+                        continue
                 engine.shown = (held, heartbeat, now, source)
                 if history:
                     rows = engine.rows
                     rows.append(held)
                     history_bytes += len(held) + _ROW_OVERHEAD
                     if len(rows) > most_rows:
-                        history_bytes -= _forget_oldest(rows, len(rows) - history)
-                    if history_bytes > HISTORY_BYTES:
-                        history_bytes -= _forget_oldest(rows, min(2, len(rows) - 1))
+                        too_many = min(2, len(rows) - 1) if crowded else len(rows) - history
+                        history_bytes -= _forget_oldest(rows, too_many)
                 outcomes.append(HEARTBEAT if heartbeat else ACCEPTED)
             self._history_bytes = history_bytes
             self._tally.count(batch, outcomes)
@@ -308,19 +310,19 @@ class StateStore:
         silent = [pair for pair in engines if not self._is_live(drained_at - pair[1].heard_at)]
         removed = 0
         with self._lock:
-            for engine_id, engine in silent:
+            for quoted_id, engine in silent:
                 silence_ms = _whole_ms(drained_at - engine.heard_at)
                 if silence_ms > self._expire_ms:
-                    if self._engines.pop(engine_id, None) is None:
+                    if self._engines.pop(quoted_id, None) is None:
                         continue  # by another sweep
                     self._history_bytes -= _forget_oldest(engine.rows, len(engine.rows))
                     removed += 1
                     if self._heard is not None:
-                        self._gone.append((engine_id, engine))
-                    _count(self._removed, engine_id)
+                        self._gone.append(engine)
+                    _count(self._removed, engine.engine_id)
                 elif silence_ms > self._stale_ms and not engine.said_stale:
                     engine.said_stale = True
-                    _count(self._went_stale, engine_id)
+                    _count(self._went_stale, engine.engine_id)
             self._tally.expired_engines += removed
             self._changes += removed
             self._forget_news()
@@ -353,32 +355,34 @@ class StateStore:
     def views(self) -> list[EngineView]:
         """Every engine, in the order in which they appeared. The lock is held for one list copy only."""
         with self._lock:
-            engines = list(self._engines.items())
+            engines = list(self._engines.values())
         now = self._clock()
-        return [self._view(engine_id, engine, now) for engine_id, engine in engines]
+        return [self._view(engine, now) for engine in engines]
 
     def ages(self) -> list[Row]:
         """Every engine, as the least that a snapshot takes."""
         with self._lock:
-            engines = list(self._engines.items())
+            engines = list(self._engines.values())
         return self._rows(engines)
 
     def ages_of(self, engine_ids: Iterable[str]) -> list[Row]:
         """The same of some engines, in their order, without those that are not known."""
         with self._lock:
-            known = self._engines
-            engines = [(engine_id, known[engine_id]) for engine_id in engine_ids if engine_id in known]
-        return self._rows(engines)
+            found = [self._find(engine_id) for engine_id in engine_ids]
+        return self._rows([engine for engine in found if engine is not None])
 
-    def _rows(self, engines: list[tuple[str, _Engine]]) -> list[Row]:
+    def _find(self, engine_id: str) -> _Engine | None:
+        return self._engines.get(quote_json(engine_id).encode("utf-8", "replace"))
+
+    def _rows(self, engines: list[_Engine]) -> list[Row]:
         now = self._clock() + 1e-6  # see _whole_ms
         rows = []
-        for engine_id, engine in engines:
+        for engine in engines:
             shown = engine.shown  # before `heard_at`, as in _view
             heard_at = engine.heard_at
             age_ms = int((now - heard_at) * 1000) if heard_at < now else 0
             state_age_ms = age_ms if shown[2] == heard_at else max(age_ms, int((now - shown[2]) * 1000))
-            rows.append((engine_id, shown, age_ms, state_age_ms))
+            rows.append((engine.engine_id, shown, age_ms, state_age_ms))
         return rows
 
     def news(self) -> tuple[list[str], list[Row]] | None:
@@ -390,7 +394,8 @@ class StateStore:
             noted, self._heard = self._heard, {}
             gone, self._gone = self._gone, []
             self._news_at = self._clock()
-            heard = [engine_id for engine_id in noted or () if engine_id in self._engines]
+            known = self._engines
+            heard = [known[quoted_id].engine_id for quoted_id in noted or () if quoted_id in known]
         return None if noted is None else (heard, self._rows(gone))
 
     def _forget_news(self) -> None:
@@ -402,9 +407,9 @@ class StateStore:
     def stale(self) -> set[str]:
         """The ids of the engines that are stale now."""
         with self._lock:
-            engines = list(self._engines.items())
+            engines = list(self._engines.values())
         heard_until = self._clock() - self._stale_s
-        return {engine_id for engine_id, engine in engines if engine.heard_at <= heard_until}
+        return {engine.engine_id for engine in engines if engine.heard_at <= heard_until}
 
     def changes(self) -> int:
         """A number that is another one after each change of what `views` shows, but for the passing of time."""
@@ -413,29 +418,24 @@ class StateStore:
     def view(self, engine_id: str) -> EngineView | None:
         """One engine, or None where it is not known."""
         with self._lock:
-            engine = self._engines.get(engine_id)
-        return None if engine is None else self._view(engine_id, engine, self._clock())
+            engine = self._find(engine_id)
+        return None if engine is None else self._view(engine, self._clock())
 
     def history(self, engine_id: str) -> list[PastState] | None:
         """The states that the table showed for an engine, oldest first; None where it is not known."""
         with self._lock:
-            engine = self._engines.get(engine_id)
+            engine = self._find(engine_id)
             if engine is None:
                 return None
             rows = engine.rows[-self._history :]
-        return [PastState(as_state(engine_id, held), times_ms(held)[0]) for held in rows]
+        return [PastState(as_state(engine_id, held), received_ms(held)) for held in rows]
 
-    def _view(self, engine_id: str, engine: _Engine, now: float) -> EngineView:
+    def _view(self, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
         shown = engine.shown
         age_ms = max(0, _whole_ms(now - engine.heard_at))
         status = LIVE if age_ms <= self._stale_ms else STALE
-        return EngineView(engine_id, status, age_ms, max(age_ms, _whole_ms(now - shown[2])), shown)
-
-
-def _same(engine_id: str, held: HeldState, other: HeldState) -> bool:
-    """Whether all fields are equal, however they were written and whenever they were received."""
-    return as_state(engine_id, held) == as_state(engine_id, other)
+        return EngineView(engine.engine_id, status, age_ms, max(age_ms, _whole_ms(now - shown[2])), shown)
 
 
 def _count(notice: OncePerMinute, engine_id: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import json
 import logging
 import select
 import socket
@@ -14,14 +15,16 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
+from operator import itemgetter
 
 from config import BROADCAST, Network
 from daemon_log import OncePerMinute
-from engine_state import EngineState, InvalidDatagram, parse_datagram, recognise_usual
+from engine_state import Fields, InvalidDatagram, fields_json, parse_datagram, quote_json, recognise_usual
 from state_log import StateLog
-from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, Received, StateStore
-from udp_receiver import BATCH_DATAGRAMS, Datagram, make_receiver, unpack_address
+from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
+from udp_receiver import BATCH_DATAGRAMS, make_receiver, unpack_address
 
 logger = logging.getLogger("elrar.listener")
 
@@ -38,6 +41,9 @@ SHORTEST_NAP_S = 0.0005  # at 100,000/s naps of 0.2 ms cost a third of all the C
 RATE_WINDOW_S = 0.02
 CACHED_SOURCES = 16384
 SMALLEST_CHARGE = 512  # bytes of receive buffer that the kernel charges for the smallest datagram, at least
+
+_REFUSED = b""  # what stands for the source of a sender that is not in ALLOWED_SOURCES
+_quoted_id = itemgetter(0)  # of the fields of a state; nothing where they were not recognised
 
 _SO_RCVBUFFORCE = 33  # Linux; not in the socket module
 _SO_MEMINFO = 55
@@ -111,6 +117,22 @@ def gathering_nap_s(rate: float) -> float:
     return min(LONGEST_NAP_S, max(SHORTEST_NAP_S, GATHERED / rate)) if rate >= RAPID_PER_S else 0.0
 
 
+class _Sources(dict[bytes, bytes]):
+    """Of each socket address its source, `<ip>:<port>` as JSON text, or _REFUSED where it is not in `allowed`."""
+
+    def __init__(self, allowed: Sequence[Network]) -> None:
+        super().__init__()
+        self._allowed = allowed
+
+    def __missing__(self, address: bytes) -> bytes:
+        if len(self) >= CACHED_SOURCES:
+            self.clear()
+        host, port = unpack_address(address)
+        allowed = not self._allowed or is_allowed(host, self._allowed)
+        source = self[address] = quote_json(format_address(host, port)).encode() if allowed else _REFUSED
+        return source
+
+
 class UdpListener:
     """Takes datagrams until it is stopped; the gateway gives it its thread.
 
@@ -131,12 +153,9 @@ class UdpListener:
         self._store = store
         self._log = log
         self._receivers = {sock.fileno(): make_receiver(sock) for sock in sockets}
-        self._allowed = tuple(allowed_sources)
+        self._sources = _Sources(tuple(allowed_sources))
         self._clock = clock
         self._wall_clock = wall_clock
-        self._sources: dict[
-            bytes, str
-        ] = {}  # what was decided of each address: its text, or nothing where it is refused
         self._stopping = False
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._poll = select.poll()
@@ -192,10 +211,10 @@ class UdpListener:
                 continue  # woken up to stop
             for _ in range(BATCHES_A_STEP):
                 self.moved_at = self._clock()
-                datagrams = receiver.receive()
+                datagrams, addresses = receiver.receive()
                 if datagrams:
                     taken += len(datagrams)
-                    self._take(datagrams)
+                    self._take(datagrams, addresses)
                 if len(datagrams) < BATCH_DATAGRAMS:
                     break
             else:
@@ -216,56 +235,70 @@ class UdpListener:
         self._taken_without_pause = 0
         self._pause_ended_at = looked_at
 
-    def _take(self, datagrams: list[Datagram]) -> None:
+    def _take(self, datagrams: list[bytes], addresses: Sequence[bytes]) -> None:
         batch = Batch(self._clock(), self._wall_clock())
-        states, sources = batch.states, self._sources
-        for datagram, address in datagrams:
-            source = sources.get(address)
-            if source is None:
-                source = self._remember_source(address)
-            if not source:
-                batch.rejected_source += 1
-                if self._source.add():
-                    self._source.example(format_address(*unpack_address(address)))
-                continue
-            usual = recognise_usual(datagram)
-            if usual is not None:
-                states.append((datagram, usual.groups(), source))
-                continue
-            try:
-                states.append((parse_datagram(datagram), None, source))
-            except InvalidDatagram as error:
-                batch.invalid.append(error.reason)
-                if self._invalid.add():
-                    self._invalid.example(f"{error} bytes={len(datagram)} source={source}")
+        known = self._sources
+        sources = [known[address] for address in addresses]
+        if _REFUSED in sources:
+            datagrams, sources = self._without_refused(batch, datagrams, addresses)
+        states = recognise_usual(datagrams) if datagrams else []
+        texts = datagrams
+        if not all(map(_quoted_id, states)):
+            states, texts, sources = self._parse(batch, states, datagrams, sources)
+        batch.states, batch.sources = states, sources
         outcomes = self._store.take(batch)
         if self._log is not None:
             if outcomes.count(ACCEPTED) < len(outcomes):
-                states = [
-                    received
-                    for received, outcome in zip(states, outcomes, strict=True)
-                    if outcome is not DUPLICATE and outcome is not REJECTED_CAPACITY
-                ]
-            self._log.append(batch.received_s, states)
+                kept = [outcome is not DUPLICATE and outcome is not REJECTED_CAPACITY for outcome in outcomes]
+                texts, sources = list(compress(texts, kept)), list(compress(sources, kept))
+            self._log.append(batch.received_s, texts, sources)
         self._note(batch, outcomes)
 
-    def _remember_source(self, address: bytes) -> str:
-        """The sender as `<ip>:<port>`, or nothing where it is not in ALLOWED_SOURCES."""
-        if len(self._sources) >= CACHED_SOURCES:
-            self._sources.clear()
-        host, port = unpack_address(address)
-        allowed = not self._allowed or is_allowed(host, self._allowed)
-        source = self._sources[address] = format_address(host, port) if allowed else ""
-        return source
+    def _without_refused(
+        self, batch: Batch, datagrams: list[bytes], addresses: Sequence[bytes]
+    ) -> tuple[list[bytes], list[bytes]]:
+        """The datagrams whose senders are in ALLOWED_SOURCES, and their sources; the others are counted."""
+        taken, sources = [], []
+        for datagram, address in zip(datagrams, addresses, strict=True):
+            source = self._sources[address]
+            if source is not _REFUSED:
+                taken.append(datagram)
+                sources.append(source)
+                continue
+            batch.rejected_source += 1
+            if self._source.add():
+                self._source.example(format_address(*unpack_address(address)))
+        return taken, sources
+
+    def _parse(
+        self, batch: Batch, usual: list[Fields], datagrams: list[bytes], sources: list[bytes]
+    ) -> tuple[list[Fields], list[bytes], list[bytes]]:
+        """Parse the datagrams that are not usual; the valid states, each as its log line has it, and their sources."""
+        states, texts, valid_sources = [], [], []
+        for recognised, datagram, source in zip(usual, datagrams, sources, strict=True):
+            fields, text = recognised, datagram
+            if not _quoted_id(recognised):
+                try:
+                    fields = parse_datagram(datagram).fields()
+                except InvalidDatagram as error:
+                    batch.invalid.append(error.reason)
+                    if self._invalid.add():
+                        self._invalid.example(f"{error} bytes={len(datagram)} source={json.loads(source)}")
+                    continue
+                text = b"{%b}" % fields_json(fields)
+            states.append(fields)
+            texts.append(text)
+            valid_sources.append(source)
+        return states, texts, valid_sources
 
     def _note(self, batch: Batch, outcomes: list[str]) -> None:
         if REJECTED_CAPACITY in outcomes:
-            for received, outcome in zip(batch.states, outcomes, strict=True):
+            for engine_id, source, outcome in _said_of(batch, outcomes):
                 if outcome is REJECTED_CAPACITY and self._capacity.add():
-                    self._capacity.example(f"engine_id={_engine_id(received)!r} source={received[2]}")
+                    self._capacity.example(f"engine_id={engine_id!r} source={source}")
         if logger.isEnabledFor(logging.DEBUG):
-            for received, outcome in zip(batch.states, outcomes, strict=True):
-                logger.debug("datagram %s engine_id=%r source=%s", outcome, _engine_id(received), received[2])
+            for engine_id, source, outcome in _said_of(batch, outcomes):
+                logger.debug("datagram %s engine_id=%r source=%s", outcome, engine_id, source)
             for reason in batch.invalid:
                 logger.debug("datagram rejected reason=%s", reason)
 
@@ -315,9 +348,10 @@ class UdpListener:
             sock.close()
 
 
-def _engine_id(received: Received) -> str:
-    state, _, _ = received
-    return state.engine_id if isinstance(state, EngineState) else parse_datagram(state).engine_id
+def _said_of(batch: Batch, outcomes: list[str]) -> Iterator[tuple[str, str, str]]:
+    """The engine_id, the source and the outcome of each state of a batch."""
+    for fields, source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
+        yield json.loads(_quoted_id(fields)), json.loads(source), outcome
 
 
 def granted_receive_buffer(sock: socket.socket) -> int:

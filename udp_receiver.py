@@ -11,6 +11,7 @@ import errno
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 try:
@@ -24,14 +25,15 @@ BATCH_DATAGRAMS = 128  # at most between two looks at the clock; the store's loc
 _ROOM = MAX_DATAGRAM_BYTES + 1  # one more, so that a longer datagram is seen to be longer
 _APART = MAX_DATAGRAM_BYTES + 320  # bytes: at a power of two they would push each other out of the processor's cache
 
-Datagram = tuple[bytes, bytes]  # what was sent, and the sender's socket address as the kernel writes it
-
 
 class Receiver(Protocol):
     """Takes datagrams from one socket; for one thread."""
 
-    def receive(self) -> list[Datagram]:
-        """Up to BATCH_DATAGRAMS that wait in the socket, without waiting; fewer only where no more wait."""
+    def receive(self) -> tuple[list[bytes], Sequence[bytes]]:
+        """Up to BATCH_DATAGRAMS that wait in the socket, without waiting; fewer only where no more wait.
+
+        What was sent, and for each datagram the sender's socket address as the kernel writes it.
+        """
 
 
 def make_receiver(sock: socket.socket) -> Receiver:
@@ -50,17 +52,19 @@ class PortableReceiver:
         self._recvfrom = sock.recvfrom
         self._pack = _pack_ipv6 if sock.family == socket.AF_INET6 else _pack_ipv4
 
-    def receive(self) -> list[Datagram]:
+    def receive(self) -> tuple[list[bytes], Sequence[bytes]]:
         """See Receiver."""
-        datagrams: list[Datagram] = []
+        datagrams: list[bytes] = []
+        addresses: list[bytes] = []
         recvfrom, pack = self._recvfrom, self._pack
         try:
             for _ in range(BATCH_DATAGRAMS):
                 datagram, address = recvfrom(_ROOM)
-                datagrams.append((datagram, pack(address)))
+                datagrams.append(datagram)
+                addresses.append(pack(address))
         except BlockingIOError:
             pass
-        return datagrams
+        return datagrams, addresses
 
 
 def _pack_ipv4(address: tuple[str, int]) -> bytes:
@@ -127,12 +131,12 @@ class BatchReceiver:
         """Whether the kernel lets this process call it, which a filter of system calls may not; nothing is taken."""
         return int(self._recvmmsg(self._fd, self._address, 0, socket.MSG_DONTWAIT, None)) == 0
 
-    def receive(self) -> list[Datagram]:
+    def receive(self) -> tuple[list[bytes], Sequence[bytes]]:
         """See Receiver; raises OSError where the socket is no more."""
         while (count := self._recvmmsg(self._fd, self._address, BATCH_DATAGRAMS, socket.MSG_DONTWAIT, None)) < 0:
             number = ctypes.get_errno()
             if number == errno.EAGAIN:
-                return []
+                return [], ()
             if number != errno.EINTR:
                 raise OSError(number, "recvmmsg")
         # A slice of an array of c_char is bytes, in half the time that a memoryview's takes; unpacking all addresses at
@@ -140,7 +144,7 @@ class BatchReceiver:
         data = cast(Any, self._data)
         lengths = self._lengths[:count].tolist()
         datagrams = [data[start : start + length] for start, length in zip(self._starts, lengths, strict=False)]
-        return list(zip(datagrams, self._unpack_names[count](self._names), strict=True))
+        return datagrams, self._unpack_names[count](self._names)
 
 
 def unpack_address(packed: bytes) -> tuple[str, int]:

@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine_state import parse_datagram, recognise_usual
+from state_store import Batch
+
 TOP = Path(__file__).resolve().parent.parent
 CAPTURED = TOP.parent / "shared" / "data" / "captured_engine_states.jsonl"
 DEADLINE_S = 30.0  # generous: reached only where something is broken
@@ -57,6 +60,15 @@ def datagram(**changes: Any) -> bytes:
 def heartbeat(**changes: Any) -> bytes:
     """A heartbeat as an engine's agent sends it."""
     return datagram(**{**PLACEHOLDERS, **changes})
+
+
+def batch(at: float, wall_s: float, *datagrams: bytes, usual: bool = True, source: str = "10.0.0.1:5000") -> Batch:
+    """Valid datagrams as the listener hands them on: as what they were recognised to be, or, if not `usual`, parsed."""
+    states = recognise_usual(datagrams)
+    for number, one in enumerate(datagrams):
+        if not (usual and states[number][0]):
+            states[number] = parse_datagram(one).fields()
+    return Batch(at, wall_s, states, [json.dumps(source).encode()] * len(states))
 
 
 class FakeClock:

@@ -6,7 +6,16 @@ import json
 import unittest
 from typing import Any
 
-from engine_state import FIELDS, MAX_NESTING, REASONS, InvalidDatagram, parse_datagram
+from engine_state import (
+    FIELDS,
+    MAX_NESTING,
+    REASONS,
+    InvalidDatagram,
+    fields_json,
+    is_heartbeat,
+    parse_datagram,
+    recognise_usual,
+)
 from tests.harness import CAPTURED, GUIDE_EXAMPLE, PLACEHOLDERS, datagram, fields
 
 
@@ -14,9 +23,9 @@ def without(field: str) -> bytes:
     return json.dumps({name: value for name, value in GUIDE_EXAMPLE.items() if name != field}).encode()
 
 
-def raw(field: str, text: str) -> bytes:
+def raw(field: str, text: str, **changes: object) -> bytes:
     """A state whose `field` has `text` as its value, to the letter."""
-    return datagram(**{field: "@@"}).replace(b'"@@"', text.encode())
+    return datagram(**{**changes, field: "@@"}).replace(b'"@@"', text.encode())
 
 
 def padded(size: int) -> bytes:
@@ -177,19 +186,28 @@ class Validity(unittest.TestCase):
 class Heartbeats(unittest.TestCase):
     """A heartbeat is a state whose five load fields are all placeholders, and nothing else is."""
 
+    def assert_heartbeat(self, one: bytes, expected: bool) -> None:
+        self.assertIs(is_heartbeat(parse_datagram(one).fields()), expected)
+        (usual,) = recognise_usual([one])
+        if usual[0]:
+            self.assertIs(is_heartbeat(usual), expected)
+
     def test_all_five_placeholders_are_a_heartbeat(self) -> None:
-        self.assertTrue(parse_datagram(datagram(**PLACEHOLDERS)).is_heartbeat)
-        self.assertTrue(
-            parse_datagram(datagram(**{name: int(value) for name, value in PLACEHOLDERS.items()})).is_heartbeat
-        )
+        self.assert_heartbeat(datagram(**PLACEHOLDERS), True)
+        self.assert_heartbeat(datagram(**{name: int(value) for name, value in PLACEHOLDERS.items()}), True)
+        for zero in ("-0.0", "0.000", "0e5", "1e-999"):
+            self.assert_heartbeat(raw("latency_pred_ms", zero, **PLACEHOLDERS), True)
+            self.assert_heartbeat(raw("engine_capacity", zero, **PLACEHOLDERS), True)
 
     def test_one_real_field_makes_it_a_load_state(self) -> None:
         for name in PLACEHOLDERS:
             with self.subTest(name):
-                self.assertFalse(parse_datagram(datagram(**{**PLACEHOLDERS, name: 5})).is_heartbeat)
+                self.assert_heartbeat(datagram(**{**PLACEHOLDERS, name: 5}), False)
+                if name in NUMBERS:
+                    self.assert_heartbeat(datagram(**{**PLACEHOLDERS, name: 5e-324}), False)
 
     def test_an_idle_engine_that_knows_its_capacity_is_no_heartbeat(self) -> None:
-        self.assertFalse(parse_datagram(datagram(**{**PLACEHOLDERS, "engine_capacity": 59768.27})).is_heartbeat)
+        self.assert_heartbeat(datagram(**{**PLACEHOLDERS, "engine_capacity": 59768.27}), False)
 
 
 class Json(unittest.TestCase):
@@ -199,15 +217,16 @@ class Json(unittest.TestCase):
         for name, one in VALID.items():
             with self.subTest(name):
                 state = parse_datagram(one)
-                self.assertEqual(json.loads(f"{{{state.json_fields()}}}"), state.as_dict())
-                self.assertEqual(list(json.loads(f"{{{state.json_fields()}}}")), list(FIELDS))
+                written = json.loads(b"{%b}" % fields_json(state.fields()))
+                self.assertEqual(written, state.as_dict())
+                self.assertEqual(list(written), list(FIELDS))
 
     @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
     def test_a_real_engine_s_states_come_out_byte_for_byte(self) -> None:
         for line in CAPTURED.read_text().splitlines():
             sent: dict[str, Any] = json.loads(line)["state"]
-            one = json.dumps(sent)
-            self.assertEqual(f"{{{parse_datagram(one.encode()).json_fields()}}}", one)
+            one = json.dumps(sent).encode()
+            self.assertEqual(b"{%b}" % fields_json(parse_datagram(one).fields()), one)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,18 @@ from engine_state import (
     REASONS,
     EngineState,
     InvalidDatagram,
-    as_json_fields,
+    as_json,
     as_state,
-    hold_state,
+    fields_json,
+    hold,
+    is_heartbeat,
+    is_same,
     parse_datagram,
     recognise_usual,
 )
 from state_log import StateLog
 from state_store import StateStore
-from tests.harness import CAPTURED, datagram, fields, heartbeat, logged_states
+from tests.harness import CAPTURED, PLACEHOLDERS, datagram, fields, heartbeat, logged_states
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import UdpListener, open_sockets
 
@@ -104,6 +107,8 @@ def generated(rng: random.Random) -> bytes:
         kv_cache_total_blocks=rng.choice((rng.randrange(10**digits), 0, -1)),
         engine_capacity=rng.choice((number, 59768.2749641796)),
     )
+    if rng.random() < 0.1:
+        state.update(PLACEHOLDERS)
     if odd:
         field, values = rng.choice(
             (
@@ -128,32 +133,47 @@ class Fuzz(unittest.TestCase):
     def test_what_is_recognised_as_usual_is_what_the_parser_says(self) -> None:
         rng = random.Random(SEED + 2)
         recognised = 0
-        for number in range(200_000):
-            one = generated(rng) if number % 2 else mutated(rng)
-            usual = recognise_usual(one)
-            if usual is None:
-                continue
-            recognised += 1
-            try:
-                state = parse_datagram(one)
-            except InvalidDatagram as error:
-                self.fail(f"datagram {number} is recognised, and {error}: {one!r}")
-            read = (
-                usual[1].decode(), int(usual[2]), float(usual[3]), usual[4].decode(), int(usual[5]), int(usual[6]),
-                int(usual[7]), float(usual[8]),
-            )  # fmt: skip
-            held = b"\n".join((b"1795000000000", *usual.groups()[1:]))
-            fields = as_json_fields(state.engine_id, held)
-            if fields.encode() != one[1:-1] or as_state(state.engine_id, held) != state:
-                self.fail(f"datagram {number} is held as {held!r}")
-            if read != state.values() or state.is_heartbeat or json.loads(f"{{{fields}}}") != state.as_dict():
-                self.fail(f"datagram {number}: {read} {state} from {one!r}")
+        for first in range(0, 200_000, 100):
+            batch = [generated(rng) if number % 2 else mutated(rng) for number in range(rng.randint(1, 200))]
+            found = recognise_usual(batch)
+            self.assertEqual(len(found), len(batch))
+            for number, (one, usual) in enumerate(zip(batch, found, strict=True), first):
+                if not usual[0]:
+                    self.assertEqual(usual, (b"",) * 8)
+                    continue
+                recognised += 1
+                try:
+                    state = parse_datagram(one)
+                except InvalidDatagram as error:
+                    self.fail(f"datagram {number} is recognised, and {error}: {one!r}")
+                parsed = state.fields()
+                held, held_parsed = hold((*usual[1:], b"1795000000000")), hold((*parsed[1:], b"1795000000001"))
+                if b"{%b}" % fields_json(usual) != one or json.loads(one) != state.as_dict():
+                    self.fail(f"datagram {number} is logged as {usual} and parsed as {state}: {one!r}")
+                if usual[:2] != parsed[:2] or is_heartbeat(usual) is not is_heartbeat(parsed):
+                    self.fail(f"datagram {number}: {usual} {parsed} from {one!r}")
+                if as_state(state.engine_id, held) != state or not is_same(held, held_parsed):
+                    self.fail(f"datagram {number} is held as {held!r} and as {held_parsed!r}")
         self.assertGreater(recognised, 30_000)
+
+    def test_a_datagram_is_recognised_the_same_whatever_comes_with_it(self) -> None:
+        """Nothing that is sent can make another's datagram pass for something else, or hide it."""
+        rng = random.Random(SEED + 3)
+        usual = datagram(engine_id="http://172.17.0.3:8000", latency_pred_ms=16.1)
+        nasty = [b"", b"\xff", b"\xff" * 9, usual + b"\xff", b"\xff" + usual, usual + b"\xff" + usual]
+        nasty += [usual[:40], usual[1:], usual + usual, b"x" + usual, usual + b"x", usual + b"\n"]
+        for _ in range(20_000):
+            batch = rng.choices([usual, *nasty, generated(rng), mutated(rng)], k=rng.randint(1, 12))
+            alone = [found for one in batch for found in recognise_usual([one])]
+            self.assertEqual(recognise_usual(batch), alone)
+            for one, found in zip(batch, alone, strict=True):
+                if one == usual or one in nasty:
+                    self.assertEqual(bool(found[0]), one == usual, one)
 
     @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
     def test_a_real_engine_s_states_are_usual(self) -> None:
         for line in CAPTURED.read_text().splitlines():
-            self.assertTrue(recognise_usual(json.dumps(json.loads(line)["state"]).encode()))
+            self.assertTrue(all(recognise_usual([json.dumps(json.loads(line)["state"]).encode()])[0]))
 
     def test_the_parser(self) -> None:
         rng = random.Random(SEED)
@@ -170,14 +190,11 @@ class Fuzz(unittest.TestCase):
             except Exception as error:
                 self.fail(f"datagram {number}: {error!r} for {one!r}")
             taken += 1
-            written = f"{{{state.json_fields()}}}"
-            if not is_exactly_valid(state) or json.loads(written.encode()) != state.as_dict():
+            fields = state.fields()
+            if not is_exactly_valid(state) or json.loads(b"{%b}" % fields_json(fields)) != state.as_dict():
                 self.fail(f"datagram {number}: {state} from {one!r}")
-            held = hold_state(b"1795000000000", state)
-            if (
-                repr(as_state(state.engine_id, held)) != repr(state)
-                or as_json_fields(state.engine_id, held) != written[1:-1]
-            ):
+            held = hold((*fields[1:], b"1795000000000"))
+            if repr(as_state(state.engine_id, held)) != repr(state) or as_json(fields[0], held) != fields_json(fields):
                 self.fail(f"datagram {number}: {state} is held as {held!r}")
         self.assertGreater(taken, 5_000)
         self.assertGreater(refused, 50_000)

@@ -9,12 +9,12 @@ from typing import Any
 from urllib.parse import quote
 
 import state_metrics as metrics
-from engine_state import FIELDS, parse_datagram
+from engine_state import FIELDS
 from state_entry import entry
 from state_query import Answer, Query, QueryError
-from state_store import Batch, StateStore
+from state_store import StateStore
 from state_watch import Watch
-from tests.harness import PLACEHOLDERS, FakeClock, datagram, fields
+from tests.harness import PLACEHOLDERS, FakeClock, batch, datagram, fields
 
 WALL_S = 1755532567.5
 NASTY = (
@@ -59,8 +59,7 @@ class QueryCase(unittest.TestCase):
         self.query = Query(self.store, self.gateway, Watch(self.store, 2000, clock=self.clock))
 
     def take(self, **changes: Any) -> None:
-        received = (parse_datagram(datagram(**changes)), None, "10.0.0.1:5000")
-        self.store.take(Batch(self.clock(), WALL_S, [received]))
+        self.store.take(batch(self.clock(), WALL_S, datagram(**changes)))
 
     def get(self, target: str, status: int = 200) -> Any:
         answer = self.query.answer(target)

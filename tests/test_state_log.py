@@ -12,16 +12,17 @@ from pathlib import Path
 from unittest import mock
 
 import state_log
-from engine_state import parse_datagram
+from engine_state import fields_json, parse_datagram
 from state_log import StateLog
-from state_store import Received
 from tests.harness import FakeClock, datagram, fields, logged_states, read_log
 
 WALL_S = 1755532567.5028431
 
 
-def received(**changes: object) -> Received:
-    return parse_datagram(datagram(**changes)), None, "172.17.0.3:40000"
+def append(log: StateLog, *states: dict[str, object]) -> None:
+    """Append states, each with these changes, as the listener does."""
+    texts = [b"{%b}" % fields_json(parse_datagram(datagram(**changes)).fields()) for changes in states]
+    log.append(WALL_S, texts, [b'"172.17.0.3:40000"'] * len(texts))
 
 
 class LogCase(unittest.TestCase):
@@ -50,7 +51,7 @@ class LogCase(unittest.TestCase):
     def write(self, log: StateLog, *numbers: int) -> None:
         """Append states with these pending tokens, and have the writer's turn."""
         for number in numbers:
-            log.append(WALL_S, [received(pending_tokens_total=number)])
+            append(log, {"pending_tokens_total": number})
         log.step()
 
     def numbers(self, *paths: Path) -> list[int]:
@@ -62,7 +63,7 @@ class Lines(LogCase):
 
     def test_a_state_is_a_line_with_receipt_and_source(self) -> None:
         log = self.make_log()
-        log.append(WALL_S, [received()])
+        append(log, {})
         log.step()
         line = self.path.read_text().splitlines()[1]
         expected = {"timestamp": WALL_S, "state": fields(), "source": "172.17.0.3:40000"}
@@ -88,7 +89,7 @@ class Lines(LogCase):
     def test_any_printable_text_stays_one_valid_line_in_utf8(self) -> None:
         log = self.make_log()
         for engine_id in ("引擎-é-😀", "'\"\\<script>%2e/?#"):
-            log.append(WALL_S, [received(engine_id=engine_id)])
+            append(log, {"engine_id": engine_id})
         log.step()
         self.assertEqual(
             [state["engine_id"] for state in logged_states(self.path)], ["引擎-é-😀", "'\"\\<script>%2e/?#"]
@@ -97,14 +98,14 @@ class Lines(LogCase):
 
     def test_nothing_is_written_by_the_one_who_appends(self) -> None:
         log = self.make_log()
-        log.append(WALL_S, [received()])
+        append(log, {})
         self.assertEqual(logged_states(self.path), [])
         log.step()
         self.assertEqual(len(logged_states(self.path)), 1)
 
     def test_many_batches_are_written_together_and_in_order(self) -> None:
         log = self.make_log()
-        with mock.patch("state_log.os.write", wraps=os.write) as write:
+        with mock.patch("state_log.os.writev", wraps=os.writev) as write:
             self.write(log, *range(500))
         self.assertEqual(write.call_count, 1)
         self.assertEqual(self.numbers(self.path), list(range(500)))
@@ -276,12 +277,11 @@ class FullDisk:
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self._write = os.write
 
-    def write(self, fd: int, data: memoryview) -> int:
+    def writev(self, fd: int, pieces: list[bytes]) -> int:
         if not self.room:
             raise OSError(errno.ENOSPC, "No space left on device")
-        wrote = self._write(fd, data[: self.room])
+        wrote = os.write(fd, b"".join(pieces)[: self.room])
         self.room -= wrote
         return wrote
 
@@ -293,7 +293,7 @@ class Failing(LogCase):
         log = self.make_log()
         self.write(log, 1)
         disk = FullDisk(room=400)
-        with mock.patch("state_log.os.write", disk.write), self.assertLogs("elrar.log") as logged:
+        with mock.patch("state_log.os.writev", disk.writev), self.assertLogs("elrar.log") as logged:
             self.write(log, 2, 3)
             self.assertEqual(self.numbers(self.path), [1, 2])
             self.assertTrue(self.path.read_bytes().endswith(b"\n"), "half a line is left in the file")
@@ -313,7 +313,7 @@ class Failing(LogCase):
         log = self.make_log()
         with self.assertLogs("elrar.log") as logged:
             for number in range(45):  # seconds
-                with mock.patch("state_log.os.write", FullDisk(room=0 if number % 2 else 1 << 20).write):
+                with mock.patch("state_log.os.writev", FullDisk(room=0 if number % 2 else 1 << 20).writev):
                     self.write(log, number)
                     self.clock.move(1.1)
         self.assertEqual([record.levelname for record in logged.records], ["ERROR", "WARNING"])
@@ -323,7 +323,7 @@ class Failing(LogCase):
         log = self.make_log()
         with self.assertLogs("elrar.log") as logged:
             for room in (0, 1 << 20, *([0] * 70)):
-                with mock.patch("state_log.os.write", FullDisk(room).write):
+                with mock.patch("state_log.os.writev", FullDisk(room).writev):
                     self.write(log, 1)
                     self.clock.move(1.1)
         self.assertEqual([record.levelname for record in logged.records], ["ERROR", "WARNING", "ERROR"])
@@ -331,7 +331,7 @@ class Failing(LogCase):
     def test_beyond_the_buffer_lines_are_dropped_and_counted(self) -> None:
         log = self.make_log(buffer_bytes=2000)
         disk = FullDisk(room=0)
-        with mock.patch("state_log.os.write", disk.write), self.assertLogs("elrar.log"):
+        with mock.patch("state_log.os.writev", disk.writev), self.assertLogs("elrar.log"):
             for number in range(100):
                 self.write(log, number)
                 self.clock.move(1.0)
@@ -347,7 +347,7 @@ class Failing(LogCase):
     def test_it_is_tried_again_every_second_and_not_at_every_turn(self) -> None:
         log = self.make_log()
         disk = FullDisk(room=0)
-        with mock.patch("state_log.os.write", side_effect=disk.write) as write, self.assertLogs("elrar.log"):
+        with mock.patch("state_log.os.writev", side_effect=disk.writev) as write, self.assertLogs("elrar.log"):
             for _ in range(40):
                 self.write(log, 1)
                 self.clock.move(0.1)
@@ -356,7 +356,7 @@ class Failing(LogCase):
     def test_what_cannot_be_written_at_stop_is_given_up_and_counted(self) -> None:
         log = self.make_log()
         self.write(log, 1)
-        with mock.patch("state_log.os.write", FullDisk(room=0).write), self.assertLogs("elrar.log"):
+        with mock.patch("state_log.os.writev", FullDisk(room=0).writev), self.assertLogs("elrar.log"):
             self.write(log, 2, 3)
             self.assertEqual(log.close("gateway_stopped", "stopped"), 2)
         self.assertEqual(log.counters().dropped, 2)

@@ -7,9 +7,9 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from engine_state import parse_datagram, recognise_usual
-from state_store import Batch, EngineView, Received, StateStore
-from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, datagram
+from engine_state import parse_datagram
+from state_store import Batch, EngineView, StateStore
+from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, batch, datagram
 
 STALE_MS = 2000
 EXPIRE_MS = 6000
@@ -26,17 +26,13 @@ class StoreCase(unittest.TestCase):
     def make_store(self, *, max_engines: int = 1000, history: int = 100) -> StateStore:
         return StateStore(STALE_MS, EXPIRE_MS, max_engines, history, clock=self.clock)
 
-    def received(self, one: bytes) -> Received:
-        """A valid datagram as the listener hands it on: as what it was recognised to be, or parsed."""
-        usual = recognise_usual(one) if self.recognise else None
-        if usual is not None:
-            return one, usual.groups(), "10.0.0.1:5000"
-        return parse_datagram(one), None, "10.0.0.1:5000"
+    def batch(self, *datagrams: bytes) -> Batch:
+        """Valid datagrams that arrive now, as what they were recognised to be, or parsed."""
+        return batch(self.clock(), WALL_S + self.clock(), *datagrams, usual=self.recognise)
 
     def send(self, store: StateStore | None = None, **changes: Any) -> str:
         """Take one datagram now; returns its outcome."""
-        batch = Batch(self.clock(), WALL_S + self.clock(), [self.received(datagram(**changes))])
-        (outcome,) = (store or self.store).take(batch)
+        (outcome,) = (store or self.store).take(self.batch(datagram(**changes)))
         return outcome
 
     def beat(self, **changes: Any) -> str:
@@ -379,7 +375,7 @@ class History(StoreCase):
         self.clock.move(7)
         self.sweep()
         self.assertEqual(self.store._history_bytes, 0)
-        self.assertEqual([engine.rows for _, engine in self.store._gone], [[], [], []])
+        self.assertEqual([engine.rows for engine in self.store._gone], [[], [], []])
 
     def test_an_unknown_engine_has_none(self) -> None:
         self.assertIsNone(self.store.history("nobody"))
@@ -389,7 +385,8 @@ class Counters(StoreCase):
     """Every datagram is counted once, and the sum is right at every moment that a reader can see."""
 
     def test_the_counters_add_up_at_every_moment_under_load(self) -> None:
-        states = [self.received(datagram(engine_id=f"e{n % 7}", timestamp_ms=n)) for n in range(50)]
+        some = self.batch(*(datagram(engine_id=f"e{n % 7}", timestamp_ms=n) for n in range(50)))
+        some.rejected_source, some.invalid = 1, ["not_json", "too_large"]
         done = threading.Event()
         wrong: list[object] = []
 
@@ -407,7 +404,7 @@ class Counters(StoreCase):
         for reader in readers:
             reader.start()
         for _ in range(1000):
-            self.store.take(Batch(self.clock(), WALL_S, states, rejected_source=1, invalid=["not_json", "too_large"]))
+            self.store.take(some)
         done.set()
         for reader in readers:
             reader.join()
@@ -445,12 +442,10 @@ class Mixed(StoreCase):
             datagram(),
         ):
             with self.subTest(one):
-                batch = Batch(self.clock(), WALL_S, [self.received(one)])
-                self.assertEqual(self.store.take(batch), ["duplicate"])
+                self.assertEqual(self.store.take(self.batch(one)), ["duplicate"])
 
     def test_what_a_reader_sees_is_the_parsed_state(self) -> None:
         self.send(latency_pred_ms=16.11793779048644)
-        self.assertIsInstance(self.view().shown[0], bytes)
         self.assertEqual(self.view().state, parse_datagram(datagram(latency_pred_ms=16.11793779048644)))
 
 

@@ -13,11 +13,10 @@ import unittest
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from engine_state import parse_datagram, recognise_usual
 from state_query import Query, QueryError
-from state_store import NEWS_KEPT_S, Batch, Received, StateStore
+from state_store import NEWS_KEPT_S, StateStore
 from state_watch import COMMENT_S, EVENTS_AT_A_TIME, MAX_READERS, REMOVED_KEPT, SHARED_S, Watch, WatchReader
-from tests.harness import DEADLINE_S, Daemon, FakeClock, ask, daemon, datagram, heartbeat, wait_until
+from tests.harness import DEADLINE_S, Daemon, FakeClock, ask, batch, daemon, datagram, heartbeat, wait_until
 from tests.test_query import AnyGateway
 
 
@@ -79,13 +78,11 @@ class WatchCase(unittest.TestCase):
 
     def push(self, *engine_ids: str, **changes: Any) -> None:
         """A state from each of the engines, none like the one before."""
-        states: list[Received] = []
+        datagrams = []
         for engine_id in engine_ids:
             self.sent += 1
-            one = datagram(**{"engine_id": engine_id, "timestamp_ms": 10**12 + self.sent, **changes})
-            usual = recognise_usual(one)
-            states.append((one, usual.groups(), "s") if usual else (parse_datagram(one), None, "s"))
-        self.store.take(Batch(self.clock(), 1_795_000_000.5, states))
+            datagrams.append(datagram(**{"engine_id": engine_id, "timestamp_ms": 10**12 + self.sent, **changes}))
+        self.store.take(batch(self.clock(), 1_795_000_000.5, *datagrams))
 
     def move(self, seconds: float) -> None:
         self.clock.move(seconds)
@@ -157,8 +154,7 @@ class Order(WatchCase):
         reader = self.watching()
         self.push("a")
         self.read(reader, 1.0)
-        states: list[Received] = [(parse_datagram(heartbeat(engine_id="a", timestamp_ms=2 * 10**12)), None, "s")]
-        self.store.take(Batch(self.clock(), 1.0, states))
+        self.store.take(batch(self.clock(), 1.0, heartbeat(engine_id="a", timestamp_ms=2 * 10**12)))
         (event,) = self.read(reader, 0.5)
         self.assertEqual((event.kind, event.data["age_ms"], event.data["state_age_ms"]), ("state", 500, 1500))
         self.assertFalse(event.data["heartbeat"])
