@@ -65,9 +65,9 @@ VERSION = "1.0.0"
 
 STUCK_AFTER_S = 10.0
 LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
+CATCH_UP_S = 0.005  # that an answer waits, at most, for what had arrived before it was asked for
 HTTP_BACKLOG = 512
 BIND_PATIENCE_S = 0.5
-SWITCH_INTERVAL_S = 0.001  # of the interpreter's lock, in the daemon: an answer waits a fifth as long for busy intake
 PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
 
 logger = logging.getLogger("elrar.gateway")
@@ -454,6 +454,10 @@ class StateGateway:
             "stale_threshold_ms": self.config.stale_threshold_ms,
         }
 
+    def catch_up(self) -> None:
+        """Have everything taken that has arrived by now; waits for that, CATCH_UP_S at most. For the query server."""
+        self._listener.catch_up(CATCH_UP_S)
+
     def threads(self) -> dict[str, bool]:
         """For each thread, by name, whether it is alive and moving."""
         now = self._clock()
@@ -643,7 +647,6 @@ def _run_daemon(config: Config) -> int:
         except StartError as error:
             logger.error("%s", error)
             return 1
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         gateway.start()
         logger.info("ready: %s", gateway.describe())
         systemd = SystemdNotify(os.environ)

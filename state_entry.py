@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine_state import as_json, quote_json, received_ms, timestamp_ms
-from state_store import LIVE, STALE, EngineView, Shown
+from engine_state import FIELDS_JSON, split_held
+from state_store import LIVE, STALE, EngineView, Shown, age_ms
 
 CACHED_AGES = 65536
 
@@ -27,29 +27,62 @@ def entry(view: EngineView) -> dict[str, Any]:
     }
 
 
-def lasting_json(engine_id: str, shown: Shown) -> bytes:
-    """The beginning of an entry: all that stays as it is until the next state comes."""
+_LASTING = b'{%b, "heartbeat": %%b, "received_ms": %%b, "clock_offset_ms": %%d, "source": %%b, ' % FIELDS_JSON
+
+
+def lasting_json(quoted_id: bytes, shown: Shown) -> bytes:
+    """The beginning of an entry: all that stays as it is until the next state comes. The id is JSON text."""
     held, heartbeat, _, source = shown
-    received = received_ms(held)
-    return b'{%b, "heartbeat": %b, "received_ms": %d, "clock_offset_ms": %d, "source": %b, ' % (
-        as_json(quote_json(engine_id).encode(), held),
+    timestamp, latency, mode, pending, free, total, capacity, received = split_held(held)
+    return _LASTING % (
+        quoted_id,
+        timestamp,
+        latency,
+        mode,
+        pending,
+        free,
+        total,
+        capacity,
         b"true" if heartbeat else b"false",
         received,
-        received - timestamp_ms(held),
+        int(received) - int(timestamp),
         source,
     )
 
 
-class AgesJson(dict[tuple[int, int], bytes]):
-    """The end of an entry for each pair of ages that was needed: looking it up takes a fifth of writing it."""
+class AgesJson(dict[tuple[int, int], tuple[bytes, bool]]):
+    """The end of an entry for each pair of ages that was needed, and whether the engine is live by then.
+
+    Looking it up takes a fifth of writing it.
+    """
 
     def __init__(self, stale_ms: int) -> None:
         super().__init__()
         self._stale_ms = stale_ms
 
-    def __missing__(self, ages: tuple[int, int]) -> bytes:
+    def __missing__(self, ages: tuple[int, int]) -> tuple[bytes, bool]:
         if len(self) >= CACHED_AGES:
             self.clear()
-        status = LIVE if ages[0] <= self._stale_ms else STALE
-        end = self[ages] = b'"status": "%b", "age_ms": %d, "state_age_ms": %d}' % (status.encode(), *ages)
+        live = ages[0] <= self._stale_ms
+        status = LIVE if live else STALE
+        text = b'"status": "%b", "age_ms": %d, "state_age_ms": %d}' % (status.encode(), *ages)
+        end = self[ages] = text, live
         return end
+
+
+class EndsJson(dict[float, tuple[bytes, bool]]):
+    """The ends of entries at one moment, by when the engines were last heard from: a batch of them was at once."""
+
+    def __init__(self, now: float, ages_json: AgesJson) -> None:
+        super().__init__()
+        self._now = now
+        self._ages_json = ages_json
+
+    def __missing__(self, heard_at: float) -> tuple[bytes, bool]:
+        end = self[heard_at] = self.of_older_state(heard_at, heard_at)
+        return end
+
+    def of_older_state(self, heard_at: float, shown_at: float) -> tuple[bytes, bool]:
+        """The end for an engine that was heard from after the state shown was received."""
+        age = age_ms(self._now, heard_at)
+        return self._ages_json[age, max(age, age_ms(self._now, shown_at))]

@@ -139,8 +139,9 @@ class EngineView(NamedTuple):
         return received_ms(self.shown[0]) - timestamp_ms(self.shown[0])
 
 
-# One engine at the moment of looking, as plain values: engine_id, what is shown, age_ms, state_age_ms.
-Row = tuple[str, Shown, int, int]
+# One engine as plain values: engine_id, the same as JSON text, what is shown, and when it was last heard from,
+# monotonic: then or later.
+Row = tuple[str, bytes, Shown, float]
 
 
 class PastState(NamedTuple):
@@ -168,7 +169,7 @@ def _forget_oldest(rows: list[HeldState], count: int) -> int:
 class _Engine:
     """What is held of one engine. Written under the store's lock only."""
 
-    __slots__ = ("engine_id", "heard_at", "last", "newest", "rows", "said_stale", "shown")
+    __slots__ = ("engine_id", "heard_at", "last", "newest", "quoted_id", "rows", "said_stale", "shown")
 
     heard_at: float  # monotonic, when the last datagram was taken from it
     last: HeldState  # the last datagram taken from it
@@ -176,6 +177,7 @@ class _Engine:
     shown: Shown
 
     def __init__(self, quoted_id: bytes, shown: Shown) -> None:
+        self.quoted_id = quoted_id
         self.engine_id: str = json.loads(quoted_id)
         self.heard_at = float("-inf")  # until the datagram is taken that it appears with
         self.last = self.newest = shown[0]
@@ -184,8 +186,15 @@ class _Engine:
         self.said_stale = False
 
 
-def _whole_ms(seconds: float) -> int:
-    return int(seconds * 1000 + 1e-3)  # a difference of two floats may be a hair below the millisecond that it is
+def age_ms(now: float, then: float) -> int:
+    """Whole milliseconds since then, 0 where it is not over yet."""
+    # A difference of two floats may be a hair below the millisecond that it is.
+    return int((now - then) * 1000 + 1e-3) if then < now else 0
+
+
+def _rows(engines: Iterable[_Engine]) -> list[Row]:
+    # `shown` is read before `heard_at`, which is at least as new then: they are not read under the lock.
+    return [(engine.engine_id, engine.quoted_id, engine.shown, engine.heard_at) for engine in engines]
 
 
 class StateStore:
@@ -205,7 +214,7 @@ class StateStore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stale_ms = stale_threshold_ms
-        self._stale_s = (stale_threshold_ms + 1 - 1e-3) / 1000  # whole milliseconds, as _whole_ms has them
+        self._stale_s = (stale_threshold_ms + 1 - 1e-3) / 1000  # whole milliseconds, as age_ms has them
         self._expire_ms = expire_after_ms
         self._max_engines = max_engines
         self._history = history
@@ -290,8 +299,8 @@ class StateStore:
             self._changes += 1
         return outcomes
 
-    def _is_live(self, age_s: float) -> bool:
-        return _whole_ms(age_s) <= self._stale_ms
+    def _is_live(self, engine: _Engine, now: float) -> bool:
+        return age_ms(now, engine.heard_at) <= self._stale_ms
 
     def drained(self, at: float) -> None:
         """The listener says that everything that had arrived by `at` (monotonic, s) has been taken.
@@ -307,11 +316,11 @@ class StateStore:
         with self._lock:
             engines = list(self._engines.items())
         # Looked through without the lock, since `heard_at` only moves forward; what is found is checked again under it.
-        silent = [pair for pair in engines if not self._is_live(drained_at - pair[1].heard_at)]
+        silent = [pair for pair in engines if not self._is_live(pair[1], drained_at)]
         removed = 0
         with self._lock:
             for quoted_id, engine in silent:
-                silence_ms = _whole_ms(drained_at - engine.heard_at)
+                silence_ms = age_ms(drained_at, engine.heard_at)
                 if silence_ms > self._expire_ms:
                     if self._engines.pop(quoted_id, None) is None:
                         continue  # by another sweep
@@ -350,7 +359,7 @@ class StateStore:
         with self._lock:
             engines = list(self._engines.values())
         now = self._clock()
-        return sum(self._is_live(now - engine.heard_at) for engine in engines), len(engines)
+        return sum(self._is_live(engine, now) for engine in engines), len(engines)
 
     def views(self) -> list[EngineView]:
         """Every engine, in the order in which they appeared. The lock is held for one list copy only."""
@@ -359,31 +368,20 @@ class StateStore:
         now = self._clock()
         return [self._view(engine, now) for engine in engines]
 
-    def ages(self) -> list[Row]:
-        """Every engine, as the least that a snapshot takes."""
+    def rows(self) -> tuple[float, list[Row]]:
+        """The moment of looking (monotonic), and every engine, as the least that a snapshot takes."""
         with self._lock:
             engines = list(self._engines.values())
-        return self._rows(engines)
+        return self._clock(), _rows(engines)
 
-    def ages_of(self, engine_ids: Iterable[str]) -> list[Row]:
+    def rows_of(self, engine_ids: Iterable[str]) -> tuple[float, list[Row]]:
         """The same of some engines, in their order, without those that are not known."""
         with self._lock:
             found = [self._find(engine_id) for engine_id in engine_ids]
-        return self._rows([engine for engine in found if engine is not None])
+        return self._clock(), _rows(engine for engine in found if engine is not None)
 
     def _find(self, engine_id: str) -> _Engine | None:
         return self._engines.get(quote_json(engine_id).encode("utf-8", "replace"))
-
-    def _rows(self, engines: list[_Engine]) -> list[Row]:
-        now = self._clock() + 1e-6  # see _whole_ms
-        rows = []
-        for engine in engines:
-            shown = engine.shown  # before `heard_at`, as in _view
-            heard_at = engine.heard_at
-            age_ms = int((now - heard_at) * 1000) if heard_at < now else 0
-            state_age_ms = age_ms if shown[2] == heard_at else max(age_ms, int((now - shown[2]) * 1000))
-            rows.append((engine.engine_id, shown, age_ms, state_age_ms))
-        return rows
 
     def news(self) -> tuple[list[str], list[Row]] | None:
         """Who was heard from since the last call and is known, and before that, who was removed, as they were.
@@ -396,7 +394,7 @@ class StateStore:
             self._news_at = self._clock()
             known = self._engines
             heard = [known[quoted_id].engine_id for quoted_id in noted or () if quoted_id in known]
-        return None if noted is None else (heard, self._rows(gone))
+        return None if noted is None else (heard, _rows(gone))
 
     def _forget_news(self) -> None:
         """Stop noting who is heard from, which costs intake a hundredth, once nobody asks for it. Under the lock."""
@@ -433,9 +431,9 @@ class StateStore:
     def _view(self, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
         shown = engine.shown
-        age_ms = max(0, _whole_ms(now - engine.heard_at))
-        status = LIVE if age_ms <= self._stale_ms else STALE
-        return EngineView(engine.engine_id, status, age_ms, max(age_ms, _whole_ms(now - shown[2])), shown)
+        age = age_ms(now, engine.heard_at)
+        status = LIVE if age <= self._stale_ms else STALE
+        return EngineView(engine.engine_id, status, age, max(age, age_ms(now, shown[2])), shown)
 
 
 def _count(notice: OncePerMinute, engine_id: str) -> None:

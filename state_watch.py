@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from state_entry import AgesJson, lasting_json
+from state_entry import AgesJson, EndsJson, lasting_json
 from state_store import Row, StateStore
 
 MAX_READERS = 64
@@ -187,15 +187,17 @@ class Watch:
 
     def write(self, events: list[_Event], *, anew: bool = False) -> bytes:
         """The events as they are sent, with what is known of the engines now; `anew` numbers them anew."""
-        rows = {row[0]: row for row in self._store.ages_of(event.engine_id for event in events)}
+        now, known = self._store.rows_of(event.engine_id for event in events)
+        rows, ends = {row[0]: row for row in known}, EndsJson(now, self.ages_json)
         text = []
         for event in events:
             row = event.removed or rows.get(event.engine_id)
             if row is None:
                 continue  # removed meanwhile, which the next look tells
-            engine_id, shown, age_ms, state_age_ms = row
+            _, quoted_id, shown, heard_at = row
             number = self.next_number() if anew else event.number
-            entry = lasting_json(engine_id, shown) + self.ages_json[age_ms, state_age_ms]
+            end, _ = ends.of_older_state(heard_at, shown[2])
+            entry = lasting_json(quoted_id, shown) + end
             text.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (number, event.kind, entry))
         self.events += len(text)
         return b"".join(text)

@@ -5,6 +5,7 @@ Unicast and broadcast differ in what is bound only. To add a network mode, see `
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import json
@@ -21,7 +22,7 @@ from operator import itemgetter
 
 from config import BROADCAST, Network
 from daemon_log import OncePerMinute
-from engine_state import Fields, InvalidDatagram, fields_json, parse_datagram, quote_json, recognise_usual
+from engine_state import FIELDS_JSON, Fields, InvalidDatagram, parse_datagram, quote_json, recognise_usual
 from state_log import StateLog
 from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
 from udp_receiver import BATCH_DATAGRAMS, make_receiver, unpack_address
@@ -165,6 +166,15 @@ class UdpListener:
         self._buffered_at_most = 1 + sum(map(granted_receive_buffer, sockets)) * 2 // SMALLEST_CHARGE
         self._taken_without_pause = 0
         self._pause_ended_at = clock()
+        self._taking = False  # whether there may be datagrams that have left the socket and are not in the store yet
+        # For `catch_up`: when it was asked for, what ends its waiting, and what ends the listener's nap.
+        self._asked_at: float | None = None
+        self._caught_up = threading.Event()
+        self._nap = threading.Lock()
+        self._nap.acquire()
+        self._arrived = select.poll()  # one of its own, because two threads cannot wait on one
+        for sock in sockets:
+            self._arrived.register(sock, select.POLLIN)
         self._notices = {
             "invalid": OncePerMinute(clock),
             "from a source that is not in ALLOWED_SOURCES": OncePerMinute(clock),
@@ -183,14 +193,15 @@ class UdpListener:
         """Take datagrams until `stop` is called, and then what waits in the socket."""
         nap_s, counted, counted_from = 0.0, 0, self._clock()
         while not self._stopping:
-            taken = self.step(WAIT_MS)
+            taken = self.step(WAIT_MS if self._asked_at is None else 0)
             counted += taken
             now = self._clock()
             if now - counted_from >= RATE_WINDOW_S:
                 nap_s = gathering_nap_s(counted / (now - counted_from))
                 counted, counted_from = 0, now
-            if nap_s and taken < BATCH_DATAGRAMS:  # more is a socket that has been filling up meanwhile
-                time.sleep(nap_s)
+            # More than a batch is a socket that has been filling up meanwhile.
+            if nap_s and taken < BATCH_DATAGRAMS and self._asked_at is None:
+                self._nap.acquire(timeout=nap_s)
         deadline = self._clock() + STOP_DRAIN_S
         while self.step(0) and self._clock() < deadline:
             pass
@@ -205,7 +216,9 @@ class UdpListener:
         looked_at = self.moved_at = self._clock()
         taken = 0
         emptied = True
-        for fd, _ in self._poll.poll(wait_ms):
+        ready = self._poll.poll(wait_ms)
+        self._taking = True
+        for fd, _ in ready:
             receiver = self._receivers.get(fd)
             if receiver is None:
                 continue  # woken up to stop
@@ -219,10 +232,27 @@ class UdpListener:
                     break
             else:
                 emptied = False
+        self._taking = False
         self._say_how_far(emptied, looked_at, taken)
+        if self._asked_at is not None and emptied and looked_at >= self._asked_at:
+            self._asked_at = None
+            self._caught_up.set()
         if looked_at >= self._say_at:
             self._say()
         return taken
+
+    def catch_up(self, patience_s: float) -> None:
+        """Have all taken that has arrived by now, and wait for that, for so long at most; for one other thread."""
+        if not self._taking and not self._arrived.poll(0):
+            return
+        self._caught_up.clear()
+        self._asked_at = self._clock()
+        self._end_nap()
+        self._caught_up.wait(patience_s)
+
+    def _end_nap(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it naps no more
+            self._nap.release()
 
     def _say_how_far(self, all_taken: bool, looked_at: float, taken: int) -> None:
         self._taken_without_pause += taken
@@ -285,7 +315,7 @@ class UdpListener:
                     if self._invalid.add():
                         self._invalid.example(f"{error} bytes={len(datagram)} source={json.loads(source)}")
                     continue
-                text = b"{%b}" % fields_json(fields)
+                text = b"{%b}" % (FIELDS_JSON % fields)
             states.append(fields)
             texts.append(text)
             valid_sources.append(source)
@@ -332,6 +362,7 @@ class UdpListener:
     def stop(self) -> None:
         """Make `run` take what waits and return; from any thread, twice is harmless."""
         self._stopping = True
+        self._end_nap()
         try:
             self._wake_writer.send(b"x")
         except OSError:

@@ -15,6 +15,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import select
 import shlex
@@ -322,22 +323,24 @@ class Bench:
         return str(program)
 
     def visible(self) -> None:
+        """From the sending of a datagram to the first answer that shows it, of a reader that asks without a pause."""
         for rate in (5000, 50_000):
-            with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
-                sender = start_sender(running.port, rate, self.long_seconds, 1000)
-                delays = []
-                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-                    number = 0
-                    while sender.poll() is None:
-                        number += 1
-                        start = time.perf_counter()
-                        sock.sendto(probe(number), ("127.0.0.1", running.port))
-                        while f'"timestamp_ms": {number},'.encode() not in running.get("/engines/probe"):
-                            pass
-                        delays.append(time.perf_counter() - start)
-                        time.sleep(0.002)
-                finish_sender(sender)
-            row(f"from send to visible at {rate:,} states/s", *quantiles(delays))
+            for path in ("/engines/probe", "/engines"):
+                with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
+                    sender = start_sender(running.port, rate, self.long_seconds, 1000)
+                    delays = []
+                    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                        number = 0
+                        while sender.poll() is None:
+                            number += 1
+                            start = time.perf_counter()
+                            sock.sendto(probe(number), ("127.0.0.1", running.port))
+                            while b'"timestamp_ms": %d,' % number not in running.get(path):
+                                pass
+                            delays.append(time.perf_counter() - start)
+                            time.sleep(random.uniform(0.001, 0.010))  # not in step with the gateway's gathering
+                    finish_sender(sender)
+                row(f"from send to visible at {path}, {rate:,} states/s of 1,000 engines", *quantiles(delays))
 
     def watching(self) -> None:
         """From the sending of a datagram to its event, on one of 20 streams of everything."""

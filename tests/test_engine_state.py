@@ -8,10 +8,10 @@ from typing import Any
 
 from engine_state import (
     FIELDS,
+    FIELDS_JSON,
     MAX_NESTING,
     REASONS,
     InvalidDatagram,
-    fields_json,
     is_heartbeat,
     parse_datagram,
     recognise_usual,
@@ -217,7 +217,7 @@ class Json(unittest.TestCase):
         for name, one in VALID.items():
             with self.subTest(name):
                 state = parse_datagram(one)
-                written = json.loads(b"{%b}" % fields_json(state.fields()))
+                written = json.loads(b"{%b}" % (FIELDS_JSON % state.fields()))
                 self.assertEqual(written, state.as_dict())
                 self.assertEqual(list(written), list(FIELDS))
 
@@ -226,7 +226,7 @@ class Json(unittest.TestCase):
         for line in CAPTURED.read_text().splitlines():
             sent: dict[str, Any] = json.loads(line)["state"]
             one = json.dumps(sent).encode()
-            self.assertEqual(b"{%b}" % fields_json(parse_datagram(one).fields()), one)
+            self.assertEqual(b"{%b}" % (FIELDS_JSON % parse_datagram(one).fields()), one)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import unittest
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 from urllib.parse import quote
 
 import state_metrics as metrics
@@ -37,12 +39,17 @@ class AnyGateway:
     def __init__(self) -> None:
         self.moving = {"udp-listener": True, "reaper": True}
         self.ready = True
+        self.waiting: list[Callable[[], object]] = []  # what has arrived and is not taken yet
 
     def get_stats(self) -> dict[str, Any]:
         raise NotImplementedError  # tested with a real one, in test_gateway
 
     def about(self) -> dict[str, Any]:
         return {"instance": "i", "uptime_ms": 1, "time_ms": 2, "stale_threshold_ms": 2000}
+
+    def catch_up(self) -> None:
+        while self.waiting:
+            self.waiting.pop()()
 
     def threads(self) -> dict[str, bool]:
         return self.moving
@@ -119,6 +126,20 @@ class Engines(QueryCase):
         self.assertEqual(list(live["engines"]), ["new"])
         self.assertEqual((live["active_engines"], live["total_engines"]), (1, 2))
         self.assertEqual(list(self.get("/engines?status=stale")["engines"]), ["old"])
+
+    def test_what_has_arrived_is_taken_before_it_is_answered(self) -> None:
+        for number, path in enumerate(("/engines", "/engines/test", "/engines/test/history")):
+            self.gateway.waiting.append(lambda number=number: self.take(timestamp_ms=number))  # type: ignore[misc]
+            with self.subTest(path):
+                self.assertIn(b'"timestamp_ms": %d,' % number, self.query.answer(path).body)  # type: ignore[union-attr]
+        for path in ("/stats", "/metrics"):
+            with (
+                self.subTest(path),
+                mock.patch.object(self.gateway, "get_stats", side_effect=QueryError(503, "-")) as asked,
+            ):
+                self.gateway.waiting.append(asked.assert_not_called)
+                self.assert_refused(path, 503)
+                self.assertEqual(self.gateway.waiting, [])
 
     def test_a_heartbeat_is_marked(self) -> None:
         self.take(**PLACEHOLDERS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import state_log
-from engine_state import fields_json, parse_datagram
+from engine_state import FIELDS_JSON, parse_datagram
 from state_log import StateLog
 from tests.harness import FakeClock, datagram, fields, logged_states, read_log
 
@@ -21,7 +21,7 @@ WALL_S = 1755532567.5028431
 
 def append(log: StateLog, *states: dict[str, object]) -> None:
     """Append states, each with these changes, as the listener does."""
-    texts = [b"{%b}" % fields_json(parse_datagram(datagram(**changes)).fields()) for changes in states]
+    texts = [b"{%b}" % (FIELDS_JSON % parse_datagram(datagram(**changes)).fields()) for changes in states]
     log.append(WALL_S, texts, [b'"172.17.0.3:40000"'] * len(texts))
 
 

@@ -10,19 +10,21 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import unittest
 from pathlib import Path
 from unittest import mock
 
 from engine_state import MAX_DATAGRAM_BYTES, REASONS
 from state_log import StateLog
-from state_store import StateStore, Tally
-from tests.harness import FakeClock, datagram, heartbeat, ipv6_works, logged_states
+from state_store import Batch, StateStore, Tally
+from tests.harness import DEADLINE_S, FakeClock, datagram, heartbeat, ipv6_works, logged_states
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import (
     BATCHES_A_STEP,
     LONGEST_NAP_S,
     RAPID_PER_S,
+    RATE_WINDOW_S,
     SHORTEST_NAP_S,
     UdpListener,
     gathering_nap_s,
@@ -293,11 +295,6 @@ class Draining(ListenerCase):
         self.assertEqual(removed, 1)
 
 
-for _case in (Datagrams, Sources, Addresses, KernelBuffer, Draining):
-    _name = f"{_case.__name__}WithThePortableReceiver"
-    globals()[_name] = type(_name, (_case,), {"portable": True, "__doc__": _case.__doc__, "__module__": __name__})
-
-
 class Gathering(unittest.TestCase):
     """States that come in rapid succession are left to gather, and never for long."""
 
@@ -310,6 +307,76 @@ class Gathering(unittest.TestCase):
         self.assertEqual(naps, sorted(naps, reverse=True))
         self.assertEqual((naps[0], naps[-1]), (LONGEST_NAP_S, SHORTEST_NAP_S))
         self.assertLess(LONGEST_NAP_S, 0.005)
+
+
+class MovingClock(FakeClock):
+    """A clock that has moved on whenever it is looked at."""
+
+    def __call__(self) -> float:
+        self.move(2 * RATE_WINDOW_S)
+        return self.now
+
+
+class CatchingUp(ListenerCase):
+    """Who asks is shown everything that had arrived before the question, however much the listener gathers."""
+
+    def run_napping(self, listener: UdpListener) -> None:
+        """Have the listener run, and take a nap without end after whatever it takes."""
+        patched = mock.patch("udp_listener.gathering_nap_s", return_value=threading.TIMEOUT_MAX)
+        patched.start()
+        self.addCleanup(patched.stop)
+        thread = threading.Thread(target=listener.run)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(listener.stop)
+
+    def test_what_has_arrived_is_taken_before_the_answer(self) -> None:
+        self.clock = MovingClock()
+        listener = self.listen(receive_buffer=8 << 20)
+        self.run_napping(listener)
+        sent = 0
+        for count in (1, 1, BATCH_DATAGRAMS, 3 * BATCHES_A_STEP * BATCH_DATAGRAMS, 1):
+            self.send(*(datagram(timestamp_ms=number) for number in range(sent, sent + count)))
+            sent += count
+            listener.catch_up(DEADLINE_S)
+            self.assertEqual(self.store.tally().received, sent)
+
+    def test_where_nothing_waits_nobody_does(self) -> None:
+        listener = self.listen()
+        self.send(datagram())
+        self.take_all(listener)
+        with mock.patch.object(listener, "_caught_up") as waited_for:
+            listener.catch_up(DEADLINE_S)
+        waited_for.wait.assert_not_called()
+
+    def test_what_is_just_being_taken_is_waited_for(self) -> None:
+        listener = self.listen()
+        self.send(datagram())
+        taken: list[float] = []
+
+        def ask_meanwhile(batch: Batch) -> list[str]:
+            self.assertEqual(listener._arrived.poll(0), [], "it has left the socket")
+            with mock.patch.object(listener, "_caught_up") as waited_for:
+                listener.catch_up(0.0)
+            waited_for.wait.assert_called_once_with(0.0)
+            taken.append(batch.received_at)
+            return []
+
+        with mock.patch.object(self.store, "take", ask_meanwhile):
+            listener.step(0)
+        self.assertEqual(len(taken), 1)
+
+    def test_an_intake_that_cannot_keep_up_is_not_waited_for_for_long(self) -> None:
+        listener = self.listen()  # nobody runs it
+        self.send(datagram())
+        listener.catch_up(0.001)
+        self.assertEqual(self.store.tally().received, 0)
+        self.assertEqual(self.take_all(listener).received, 1)
+
+
+for _case in (Datagrams, Sources, Addresses, KernelBuffer, Draining, CatchingUp):
+    _name = f"{_case.__name__}WithThePortableReceiver"
+    globals()[_name] = type(_name, (_case,), {"portable": True, "__doc__": _case.__doc__, "__module__": __name__})
 
 
 class Receivers(unittest.TestCase):
