@@ -396,6 +396,11 @@ class StateStore:
             heard = [known[quoted_id].engine_id for quoted_id in noted or () if quoted_id in known]
         return None if noted is None else (heard, _rows(gone))
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody has asked for `news` lately."""
+        return self._heard is not None  # without the lock: one attribute, written under it
+
     def _forget_news(self) -> None:
         """Stop noting who is heard from, which costs intake a hundredth, once nobody asks for it. Under the lock."""
         if self._clock() - self._news_at > NEWS_KEPT_S or len(self._gone) > self._max_engines:

@@ -18,11 +18,12 @@ from unittest import mock
 from engine_state import MAX_DATAGRAM_BYTES, REASONS
 from state_log import StateLog
 from state_store import Batch, StateStore, Tally
-from tests.harness import DEADLINE_S, FakeClock, datagram, heartbeat, ipv6_works, logged_states
+from tests.harness import DEADLINE_S, FakeClock, datagram, heartbeat, ipv6_works, logged_states, wait_until
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import (
     BATCHES_A_STEP,
     LONGEST_NAP_S,
+    PROMPT_NAP_S,
     RAPID_PER_S,
     RATE_WINDOW_S,
     SHORTEST_NAP_S,
@@ -50,7 +51,9 @@ class ListenerCase(unittest.TestCase):
         self.clock = FakeClock()
         self.store = StateStore(2000, 6000, 1000, 10, clock=self.clock)
 
-    def listen(self, address: str = "127.0.0.1", *allowed: str, receive_buffer: int = 1 << 20) -> UdpListener:
+    def listen(
+        self, address: str = "127.0.0.1", *allowed: str, receive_buffer: int = 1 << 20, prompt: bool = False
+    ) -> UdpListener:
         sockets = open_sockets(address, 0, receive_buffer)
         self.port = sockets[0].getsockname()[1]
         self.log = StateLog(str(self.log_path), 0, 1)
@@ -61,6 +64,7 @@ class ListenerCase(unittest.TestCase):
             self.store,
             self.log,
             allowed_sources=[ipaddress.ip_network(network) for network in allowed],
+            prompt=prompt,
             clock=self.clock,
         )
         self.addCleanup(listener.close)
@@ -300,13 +304,15 @@ class Gathering(unittest.TestCase):
 
     def test_what_comes_now_and_then_is_not_waited_with(self) -> None:
         for rate in (0.0, 1.0, RAPID_PER_S - 1):
-            self.assertEqual(gathering_nap_s(rate), 0.0)
+            self.assertEqual(gathering_nap_s(rate, LONGEST_NAP_S), 0.0)
 
     def test_a_nap_is_the_shorter_the_more_comes_and_is_bounded(self) -> None:
-        naps = [gathering_nap_s(rate) for rate in (RAPID_PER_S, 5000, 10_000, 30_000, 100_000, 1_000_000)]
-        self.assertEqual(naps, sorted(naps, reverse=True))
-        self.assertEqual((naps[0], naps[-1]), (LONGEST_NAP_S, SHORTEST_NAP_S))
-        self.assertLess(LONGEST_NAP_S, 0.005)
+        for longest_s in (LONGEST_NAP_S, PROMPT_NAP_S):
+            rates = (RAPID_PER_S, 5000, 10_000, 30_000, 100_000, 1_000_000)
+            naps = [gathering_nap_s(rate, longest_s) for rate in rates]
+            self.assertEqual(naps, sorted(naps, reverse=True))
+            self.assertEqual((naps[0], naps[-1]), (longest_s, SHORTEST_NAP_S))
+        self.assertLess(PROMPT_NAP_S, LONGEST_NAP_S)
 
 
 class MovingClock(FakeClock):
@@ -320,15 +326,16 @@ class MovingClock(FakeClock):
 class CatchingUp(ListenerCase):
     """Who asks is shown everything that had arrived before the question, however much the listener gathers."""
 
-    def run_napping(self, listener: UdpListener) -> None:
-        """Have the listener run, and take a nap without end after whatever it takes."""
+    def run_napping(self, listener: UdpListener) -> mock.Mock:
+        """Have the listener run, and take a nap without end after whatever it takes; returns what it asks how long."""
         patched = mock.patch("udp_listener.gathering_nap_s", return_value=threading.TIMEOUT_MAX)
-        patched.start()
+        how_long = patched.start()
         self.addCleanup(patched.stop)
         thread = threading.Thread(target=listener.run)
         thread.start()
         self.addCleanup(thread.join)
         self.addCleanup(listener.stop)
+        return how_long
 
     def test_what_has_arrived_is_taken_before_the_answer(self) -> None:
         self.clock = MovingClock()
@@ -340,6 +347,22 @@ class CatchingUp(ListenerCase):
             sent += count
             listener.catch_up(DEADLINE_S)
             self.assertEqual(self.store.tally().received, sent)
+
+    def test_naps_are_short_where_somebody_looks_who_does_not_ask_for_that(self) -> None:
+        self.clock = MovingClock()
+        for prompt, watched, longest_s in (
+            (False, False, LONGEST_NAP_S),
+            (True, False, PROMPT_NAP_S),
+            (False, True, PROMPT_NAP_S),
+        ):
+            with self.subTest(prompt=prompt, watched=watched):
+                if watched:
+                    self.store.news()
+                listener = self.listen(prompt=prompt)
+                how_long = self.run_napping(listener)
+                self.send(datagram())
+                wait_until("it to take a nap", lambda asked=how_long: asked.called)  # type: ignore[misc]
+                self.assertEqual(how_long.call_args.args[1], longest_s)
 
     def test_where_nothing_waits_nobody_does(self) -> None:
         listener = self.listen()
