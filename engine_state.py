@@ -164,7 +164,7 @@ def as_state(engine_id: str, held: HeldState) -> EngineState:
         engine_id,
         int(timestamp),
         _float(latency),
-        _MODES.get(mode) or json.loads(mode),
+        _mode(mode),
         int(pending),
         int(free),
         int(total),
@@ -175,6 +175,11 @@ def as_state(engine_id: str, held: HeldState) -> EngineState:
 def is_same(held: HeldState, other: HeldState) -> bool:
     """Whether all fields that are held are equal, however they were written and whenever they were received."""
     return timestamp_ms(held) == timestamp_ms(other) and as_state("", held) == as_state("", other)
+
+
+def mode_of(held: HeldState) -> str:
+    """The scheduling_mode of the state that is held."""
+    return _mode(split_held(held)[2])
 
 
 def timestamp_ms(held: HeldState) -> int:
@@ -189,6 +194,10 @@ def received_ms(held: HeldState) -> int:
 
 # Kept once however many states name them.
 _MODES = {b'"%b"' % mode.encode(): mode for mode in ("latency_optimized", "throughput_optimized", "balanced")}
+
+
+def _mode(text: bytes) -> str:
+    return _MODES.get(text) or str(json.loads(text))
 
 
 def _float(text: bytes) -> float:
