@@ -33,21 +33,9 @@ _LASTING = b'{%b, "heartbeat": %%b, "received_ms": %%b, "clock_offset_ms": %%d, 
 def lasting_json(quoted_id: bytes, shown: Shown) -> bytes:
     """The beginning of an entry: all that stays as it is until the next state comes. The id is JSON text."""
     held, heartbeat, _, source = shown
-    timestamp, latency, mode, pending, free, total, capacity, received = split_held(held)
-    return _LASTING % (
-        quoted_id,
-        timestamp,
-        latency,
-        mode,
-        pending,
-        free,
-        total,
-        capacity,
-        b"true" if heartbeat else b"false",
-        received,
-        int(received) - int(timestamp),
-        source,
-    )
+    *fields, received = split_held(held)
+    heartbeat_json = b"true" if heartbeat else b"false"
+    return _LASTING % (quoted_id, *fields, heartbeat_json, received, int(received) - int(fields[0]), source)
 
 
 class AgesJson(dict[tuple[int, int], tuple[bytes, bool]]):
@@ -79,10 +67,10 @@ class EndsJson(dict[float, tuple[bytes, bool]]):
         self._ages_json = ages_json
 
     def __missing__(self, heard_at: float) -> tuple[bytes, bool]:
-        end = self[heard_at] = self.of_older_state(heard_at, heard_at)
+        end = self[heard_at] = self.of(heard_at, heard_at)
         return end
 
-    def of_older_state(self, heard_at: float, shown_at: float) -> tuple[bytes, bool]:
+    def of(self, heard_at: float, shown_at: float) -> tuple[bytes, bool]:
         """The end for an engine that was heard from after the state shown was received."""
         age = age_ms(self._now, heard_at)
         return self._ages_json[age, max(age, age_ms(self._now, shown_at))]

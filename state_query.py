@@ -181,7 +181,7 @@ class Query:
             piece = lasting.get(engine_id)
             if piece is None or piece[0] is not shown:
                 piece = lasting[engine_id] = shown, b", %b: %b" % (quoted_id, lasting_json(quoted_id, shown))
-            end, live = ends[heard_at] if shown[2] == heard_at else ends.of_older_state(heard_at, shown[2])
+            end, live = ends[heard_at] if shown[2] == heard_at else ends.of(heard_at, shown[2])
             live_engines += live
             if (wants_live if live else wants_stale) and (not engine_ids or engine_id in engine_ids):
                 pieces.append(piece[1])

@@ -196,7 +196,7 @@ class Watch:
                 continue  # removed meanwhile, which the next look tells
             _, quoted_id, shown, heard_at = row
             number = self.next_number() if anew else event.number
-            end, _ = ends.of_older_state(heard_at, shown[2])
+            end, _ = ends.of(heard_at, shown[2])
             entry = lasting_json(quoted_id, shown) + end
             text.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (number, event.kind, entry))
         self.events += len(text)
