@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tempfile
+import threading
 import unittest
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,8 @@ from unittest import mock
 
 import state_log
 from engine_state import FIELDS_JSON, parse_datagram
-from state_log import StateLog
-from tests.harness import FakeClock, datagram, fields, logged_states, read_log
+from state_log import FLUSH_BYTES, WRITE_PIECES, StateLog
+from tests.harness import FakeClock, datagram, fields, logged_states, read_log, wait_until
 
 WALL_S = 1755532567.5028431
 
@@ -110,6 +111,26 @@ class Lines(LogCase):
         self.assertEqual(write.call_count, 1)
         self.assertEqual(self.numbers(self.path), list(range(500)))
         self.assertEqual(log.counters().written, 500)
+
+    def test_more_batches_than_one_system_call_takes_are_written_in_order(self) -> None:
+        log = self.make_log()
+        count = 2 * WRITE_PIECES + 1
+        with mock.patch("state_log.os.writev", wraps=os.writev) as write:
+            self.write(log, *range(count))
+        self.assertEqual([len(call.args[1]) for call in write.call_args_list], [WRITE_PIECES, WRITE_PIECES, 1])
+        self.assertEqual(self.numbers(self.path), list(range(count)))
+
+    def test_what_comes_fast_is_not_left_to_wait(self) -> None:
+        log = self.make_log()
+        with mock.patch("state_log.FLUSH_INTERVAL_S", threading.TIMEOUT_MAX):
+            writer = threading.Thread(target=log.run)
+            writer.start()
+            self.addCleanup(writer.join)
+            self.addCleanup(log.stop)
+            many = FLUSH_BYTES // 300
+            append(log, *({"pending_tokens_total": number} for number in range(many)))
+            wait_until("it to be written", lambda: log.counters().written == many)
+        self.assertEqual(self.numbers(self.path), list(range(many)))
 
     def test_a_log_that_was_there_is_continued(self) -> None:
         self.write(self.make_log(), 1)
