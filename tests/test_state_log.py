@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +20,7 @@ from tests.harness import FakeClock, datagram, fields, logged_states, read_log, 
 WALL_S = 1755532567.5028431
 
 
-def append(log: StateLog, *states: dict[str, object]) -> None:
+def append(log: StateLog, *states: Mapping[str, object]) -> None:
     """Append states, each with these changes, as the listener does."""
     texts = [b"{%b}" % (FIELDS_JSON % parse_datagram(datagram(**changes)).fields()) for changes in states]
     log.append(WALL_S, texts, [b'"172.17.0.3:40000"'] * len(texts))
