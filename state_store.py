@@ -23,9 +23,11 @@ from engine_state import (
     hold,
     is_heartbeat,
     is_same,
+    pack,
     quote_json,
     received_ms,
     timestamp_ms,
+    unpack,
 )
 
 logger = logging.getLogger("elrar.store")
@@ -153,23 +155,16 @@ class PastState(NamedTuple):
 
 HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
 NEWS_KEPT_S = 60.0  # for somebody who watched and may come back
-_ROWS_AT_A_TIME = 8  # forgotten together, which takes a third of forgetting one with each that comes
-_ROW_OVERHEAD = 48  # bytes of memory of a row besides its text
+_PACKED = 8  # states of a history that are kept as one text
+_OVERHEAD = 48  # bytes of memory of a text besides its characters
 _ONE = b"1"
 _LINE_END = ord("\n")
-
-
-def _forget_oldest(rows: list[HeldState], count: int) -> int:
-    """Forget so many states of an engine's history; returns how many bytes of memory they took."""
-    freed = sum(map(len, rows[:count])) + count * _ROW_OVERHEAD
-    del rows[:count]
-    return freed
 
 
 class _Engine:
     """What is held of one engine. Written under the store's lock only."""
 
-    __slots__ = ("engine_id", "heard_at", "last", "newest", "quoted_id", "rows", "said_stale", "shown")
+    __slots__ = ("engine_id", "heard_at", "last", "newest", "packed", "quoted_id", "recent", "said_stale", "shown")
 
     heard_at: float  # monotonic, when the last datagram was taken from it
     last: HeldState  # the last datagram taken from it
@@ -182,8 +177,37 @@ class _Engine:
         self.heard_at = float("-inf")  # until the datagram is taken that it appears with
         self.last = self.newest = shown[0]
         self.shown = shown
-        self.rows: list[HeldState] = []  # its history, the newest at the end
+        self.packed: list[bytes] = []  # its history, _PACKED states each, the oldest first
+        self.recent: list[HeldState] = []  # what follows in its history, fewer than _PACKED states
         self.said_stale = False
+
+    def history_bytes(self) -> int:
+        """How many bytes of memory its history takes."""
+        return sum(map(len, self.packed + self.recent)) + _OVERHEAD * (len(self.packed) + len(self.recent))
+
+
+def _pack(engine: _Engine, history: int) -> int:
+    """Pack the recent states of an engine, and forget what is too old; returns how many bytes of memory that frees."""
+    packed = engine.packed
+    packed.append(pack(engine.recent))
+    engine.recent.clear()
+    freed = (_PACKED - 1) * (_OVERHEAD - 1)  # of each but one the object, less the character in its place
+    return freed + _forget_oldest(packed, 1) if (len(packed) - 1) * _PACKED >= history else freed
+
+
+def _forget_oldest(texts: list[bytes], count: int) -> int:
+    """Forget so many texts of an engine's history; returns how many bytes of memory they took."""
+    freed = sum(map(len, texts[:count])) + count * _OVERHEAD
+    del texts[:count]
+    return freed
+
+
+def _make_room(engine: _Engine, history: int) -> int:
+    """Forget the oldest of an engine's history, but not its newest state; returns the same."""
+    freed = _pack(engine, history) if len(engine.recent) >= _PACKED else 0
+    if engine.packed:
+        return freed + _forget_oldest(engine.packed, 1)
+    return _forget_oldest(engine.recent, min(2, len(engine.recent) - 1))
 
 
 def age_ms(now: float, then: float) -> int:
@@ -246,7 +270,7 @@ class StateStore:
         with self._lock:
             engines, history_bytes, heard = self._engines, self._history_bytes, self._heard
             crowded = history_bytes > HISTORY_BYTES
-            most_rows = 1 if crowded else history + _ROWS_AT_A_TIME
+            most_recent = 2 if crowded else _PACKED
             for fields, source in zip(batch.states, batch.sources, strict=True):
                 quoted_id, stamp, latency, mode, pending, free, total, capacity = fields
                 held = hold((stamp, latency, mode, pending, free, total, capacity, received))
@@ -287,12 +311,11 @@ class StateStore:
                         continue
                 engine.shown = (held, heartbeat, now, source)
                 if history:
-                    rows = engine.rows
-                    rows.append(held)
-                    history_bytes += len(held) + _ROW_OVERHEAD
-                    if len(rows) > most_rows:
-                        too_many = min(2, len(rows) - 1) if crowded else len(rows) - history
-                        history_bytes -= _forget_oldest(rows, too_many)
+                    recent = engine.recent
+                    recent.append(held)
+                    history_bytes += len(held) + _OVERHEAD
+                    if len(recent) >= most_recent:
+                        history_bytes -= _make_room(engine, history) if crowded else _pack(engine, history)
                 outcomes.append(HEARTBEAT if heartbeat else ACCEPTED)
             self._history_bytes = history_bytes
             self._tally.count(batch, outcomes)
@@ -324,7 +347,8 @@ class StateStore:
                 if silence_ms > self._expire_ms:
                     if self._engines.pop(quoted_id, None) is None:
                         continue  # by another sweep
-                    self._history_bytes -= _forget_oldest(engine.rows, len(engine.rows))
+                    self._history_bytes -= engine.history_bytes()
+                    engine.packed, engine.recent = [], []
                     removed += 1
                     if self._heard is not None:
                         self._gone.append(engine)
@@ -430,8 +454,9 @@ class StateStore:
             engine = self._find(engine_id)
             if engine is None:
                 return None
-            rows = engine.rows[-self._history :]
-        return [PastState(as_state(engine_id, held), received_ms(held)) for held in rows]
+            packed, recent = engine.packed.copy(), engine.recent.copy()
+        past = [held for text in packed for held in unpack(text)] + recent
+        return [PastState(as_state(engine_id, held), received_ms(held)) for held in past[-self._history :]]
 
     def _view(self, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.

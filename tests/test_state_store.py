@@ -7,8 +7,9 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from engine_state import parse_datagram
-from state_store import Batch, EngineView, StateStore
+from config import read_config
+from engine_state import parse_datagram, unpack
+from state_store import HISTORY_BYTES, Batch, EngineView, StateStore
 from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, batch, datagram
 
 STALE_MS = 2000
@@ -333,14 +334,24 @@ class History(StoreCase):
         self.store = self.make_store(history=5)
         for number in range(60):
             self.send(engine_id=f"e{number % 3}", timestamp_ms=10**number if number < 15 else 10**14 + number)
-            rows = [row for engine in self.store._engines.values() for row in engine.rows]
-            self.assertEqual(self.store._history_bytes, sum(map(len, rows)) + 48 * len(rows))
-            self.assertLessEqual(len(rows), 3 * (5 + 8))
+            engines = self.store._engines.values()
+            texts = [text for engine in engines for text in engine.packed + engine.recent]
+            self.assertEqual(self.store._history_bytes, sum(map(len, texts)) + 48 * len(texts))
+            states = [held for text in texts for held in unpack(text)]
+            self.assertLessEqual(len(states), 3 * (5 + 2 * 7), "more than is needed by more than two incomplete packs")
             self.assertLessEqual(len(self.store.history("e0") or []), 5)
 
+    def test_every_length_of_it_is_kept_exactly(self) -> None:
+        for history in (1, 2, 7, 8, 9, 16, 17, 100):
+            self.store = self.make_store(history=history)
+            for number in range(1, 3 * history + 20):
+                self.send(timestamp_ms=1000 * number)
+                past = [state.timestamp_ms // 1000 for state, _ in self.store.history("test") or []]
+                self.assertEqual(past, list(range(max(1, number - history + 1), number + 1)), history)
+
     def test_it_is_exact_and_whole(self) -> None:
-        for number in range(5):
-            self.send(timestamp_ms=2**53 - 5 + number, kv_cache_free_blocks=2**53, scheduling_mode=f"mode {number}")
+        for number in range(20):
+            self.send(timestamp_ms=2**53 - 20 + number, kv_cache_free_blocks=2**53, scheduling_mode=f"mode {number}")
             past = self.store.history("test")
             assert past is not None
             self.assertEqual(past[-1].state, self.view().state)
@@ -367,6 +378,23 @@ class History(StoreCase):
         self.assertEqual(min(kept), 1)
         self.assertLess(sum(kept), 150)
 
+    def test_by_default_every_engine_has_room_for_all_of_it(self) -> None:
+        default = read_config({})
+        self.store = self.make_store(history=default.history)
+        largest = 0
+        for number in range(2 * default.history):
+            self.send(
+                timestamp_ms=1_755_532_567_495 + number,
+                latency_pred_ms=21.253122228102537,
+                scheduling_mode="throughput_optimized",
+                pending_tokens_total=50_000,
+                kv_cache_free_blocks=10_000,
+                kv_cache_total_blocks=10_000,
+                engine_capacity=59768.2749641796,
+            )
+            largest = max(largest, self.store._history_bytes)
+        self.assertLess(largest * default.max_engines, HISTORY_BYTES)
+
     def test_what_a_removed_engine_had_is_free_again(self) -> None:
         for number in range(300):
             self.send(engine_id=f"e{number % 3}", timestamp_ms=number)
@@ -375,7 +403,7 @@ class History(StoreCase):
         self.clock.move(7)
         self.sweep()
         self.assertEqual(self.store._history_bytes, 0)
-        self.assertEqual([engine.rows for engine in self.store._gone], [[], [], []])
+        self.assertEqual([engine.packed + engine.recent for engine in self.store._gone], [[], [], []])
 
     def test_an_unknown_engine_has_none(self) -> None:
         self.assertIsNone(self.store.history("nobody"))
