@@ -348,7 +348,7 @@ class Bench:
                                 pass
                             delays.append(time.perf_counter() - start)
                             time.sleep(random.uniform(0.001, 0.010))  # not in step with the gateway's gathering
-                    finish_sender(sender)
+                    account(finish_sender(sender) + number, running.settled_stats(), f"visible, {rate}/s")
                 row(f"from send to visible at {path}, {rate:,} states/s of 1,000 engines", *quantiles(delays))
 
     def watching(self) -> None:
@@ -378,9 +378,10 @@ class Bench:
                             delays.append(time.perf_counter() - sent_at)
                             sent_at = now
                         tail = text[-64:]
-            finish_sender(sender)
+            sent = finish_sender(sender) + number
             share = (cpu_seconds(running.process.pid) - before) / (time.perf_counter() - began) * 100
             stats = running.settled_stats()
+        account(sent, stats, "watching")
         merged = stats["watch"]["merged_events"]
         row("from send to event, 1,000 engines x 5/s, 20 readers of /watch", *quantiles(delays))
         row("the same", f"{share:.0f} % of a core", f"{stats['watch']['events']:,} events, {merged} merged")
@@ -389,7 +390,7 @@ class Bench:
         for engines in (100, 1000, 10_000):
             for path in ("/engines", "/metrics"):
                 with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
-                    finish_sender(start_sender(running.port, 50_000, 0.5, engines))
+                    first = finish_sender(start_sender(running.port, 50_000, 0.5, engines))
                     sender = start_sender(running.port, 20_000, self.seconds, engines)
                     times = []
                     end = time.perf_counter() + self.seconds
@@ -398,7 +399,9 @@ class Bench:
                         running.get(path)
                         times.append(time.perf_counter() - start)
                     sent = finish_sender(sender)
-                    lost = running.settled_stats()["kernel_dropped"] / sent
+                    stats = running.settled_stats()
+                account(first + sent, stats, f"reading {path} of {engines}")
+                lost = stats["kernel_dropped"] / sent
                 times.sort()
                 p99 = times[int(len(times) * 0.99)] * 1000
                 rate = len(times) / sum(times)
@@ -434,7 +437,7 @@ class Bench:
             with gateway(self.folder, STALE_THRESHOLD=60_000, HISTORY=history, ENABLE_LOG="false") as running:
                 before = memory_bytes(running.process.pid)
                 sent = finish_sender(start_sender(running.port, 80_000, 2 if self.quick else 14, 10_000))
-                running.settled_stats()
+                account(sent, running.settled_stats(), "memory")
                 grown = memory_bytes(running.process.pid) - before
             states = min(history, sent // 10_000)
             row(f"memory an engine, history of {states}", f"{grown / 10_000 / 1000:.1f} kB", "10,000 engines")

@@ -14,7 +14,9 @@ import sys
 import time
 
 UDP_SEGMENT = 103  # Linux; not in the socket module
-CLOCK = 1_755_532_567_495  # where every engine's timestamps begin, 13 digits
+CLOCK = (
+    time.time_ns() // 1_000_000
+)  # where every engine's timestamps begin, 13 digits; later than another sender's ended
 
 
 def templates(engines: int) -> list[tuple[bytes, bytes]]:
@@ -54,7 +56,7 @@ def send(port: int, rate: float, seconds: float, engines: int) -> dict[str, floa
         datagrams = []
         for _ in range(count):
             before, after = parts[number]
-            datagrams.append(b"%b%d%b" % (before, CLOCK + turn * 100, after))
+            datagrams.append(b"%b%d%b" % (before, CLOCK + turn, after))
             number += 1
             if number == engines:
                 number = 0
