@@ -264,6 +264,8 @@ def effective_settings(config: Config, environ: Mapping[str, str]) -> str:
     lines = []
     for setting in SETTINGS:
         origin = "environment" if setting.variable in environ else "default"
+        if setting.field == "bind_address" and config.network_mode == BROADCAST:
+            origin += ", not used in broadcast mode, which listens on all interfaces"
         lines.append(f"{setting.variable}={_written(getattr(config, setting.field))}  # {origin}")
     return "\n".join(lines)
 

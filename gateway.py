@@ -737,7 +737,10 @@ def _health_check(config: Config) -> int:
         response = connection.getresponse()
         answer = response.read(4096).decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as error:
-        _complain(f"no answer from http://{format_address(host, config.http_port)}/livez: {error}")
+        _complain(
+            f"no answer from http://{format_address(host, config.http_port)}/livez: {error}; it is not running, or it"
+            f" runs with another {PREFIX}BIND_ADDRESS, HTTP_PORT or UDP_PORT than this command sees"
+        )
         return 1
     finally:
         connection.close()

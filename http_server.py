@@ -105,14 +105,15 @@ def take_head(received: bytearray) -> bytes | None:
     start = len(received) - len(received.lstrip(b"\r\n"))  # empty lines before a request are passed over
     del received[:start]
     line_end = received.find(b"\n")
-    if line_end > MAX_REQUEST_LINE_BYTES or (line_end < 0 and len(received) > MAX_REQUEST_LINE_BYTES):
+    line = received[: line_end if line_end >= 0 else MAX_REQUEST_LINE_BYTES + 2].removesuffix(b"\r")
+    if len(line) > MAX_REQUEST_LINE_BYTES:
         raise BadRequest(414, f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
     end = _END_OF_HEAD.search(received)
     if (end.start() if end else len(received)) > MAX_HEAD_BYTES:
         raise BadRequest(431, f"the head is larger than {MAX_HEAD_BYTES} bytes")
     if end is None:
         if line_end >= 0:
-            _request_line(bytes(received[:line_end]))  # what is no HTTP is told so at once
+            _request_line(bytes(line))  # what is no HTTP is told so at once
         return None
     head = bytes(received[: end.start()])
     del received[: end.end()]
@@ -120,7 +121,7 @@ def take_head(received: bytearray) -> bytes | None:
 
 
 def _request_line(line: bytes) -> tuple[str, str, bool]:
-    match = _REQUEST_LINE.fullmatch(line.removesuffix(b"\r"))
+    match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise BadRequest(400, "this is no HTTP request")
     if match[3] != b"1":
@@ -131,7 +132,7 @@ def _request_line(line: bytes) -> tuple[str, str, bool]:
 def parse_head(head: bytes) -> Request:
     """The request in a whole head, without its empty line; raises BadRequest."""
     line, *header_lines = head.split(b"\n")
-    method, target, http_1_0 = _request_line(line)
+    method, target, http_1_0 = _request_line(line.removesuffix(b"\r"))
     if len(header_lines) > MAX_HEADERS:
         raise BadRequest(431, f"more than {MAX_HEADERS} headers")
     headers: dict[bytes, list[bytes]] = {}

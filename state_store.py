@@ -155,6 +155,7 @@ class PastState(NamedTuple):
 
 HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
 NEWS_KEPT_S = 60.0  # for somebody who watched and may come back
+WATCHED_S = 1.0  # since somebody looked, who looks all the time
 _PACKED = 8  # states of a history that are kept as one text
 _OVERHEAD = 48  # bytes of memory of a text besides its characters
 _ONE = b"1"
@@ -250,7 +251,7 @@ class StateStore:
         self._changes = 0
         self._tally = Tally()
         self._drained_at = clock()
-        self._heard: dict[bytes, None] | None = None  # who was heard from since somebody looked; None = nobody looks
+        self._heard: dict[bytes, int] | None = None  # how often each since somebody looked; None = nobody looks
         self._gone: list[_Engine] = []  # who was removed since then
         self._news_at = float("-inf")  # when somebody looked
         self._appeared = OncePerMinute(clock)
@@ -283,7 +284,7 @@ class StateStore:
                     engine = engines[quoted_id] = _Engine(quoted_id, (held, heartbeat, now, source))
                     _count(self._appeared, engine.engine_id)
                 if heard is not None:
-                    heard[quoted_id] = None
+                    heard[quoted_id] = heard.get(quoted_id, 0) + 1
                 live = engine.heard_at > live_since
                 engine.heard_at = now
                 if live:
@@ -407,8 +408,8 @@ class StateStore:
     def _find(self, engine_id: str) -> _Engine | None:
         return self._engines.get(quote_json(engine_id).encode("utf-8", "replace"))
 
-    def news(self) -> tuple[list[str], list[Row]] | None:
-        """Who was heard from since the last call and is known, and before that, who was removed, as they were.
+    def news(self) -> tuple[list[tuple[str, int]], list[Row]] | None:
+        """Who was heard from since the last call and is known, and how often; before that, who was removed, as they were.
 
         None where that was not noted: at the first call, and where the last one was NEWS_KEPT_S ago. For one reader.
         """
@@ -417,13 +418,13 @@ class StateStore:
             gone, self._gone = self._gone, []
             self._news_at = self._clock()
             known = self._engines
-            heard = [known[quoted_id].engine_id for quoted_id in noted or () if quoted_id in known]
+            heard = [(known[key].engine_id, count) for key, count in (noted or {}).items() if key in known]
         return None if noted is None else (heard, _rows(gone))
 
     @property
     def is_watched(self) -> bool:
-        """Whether somebody has asked for `news` lately."""
-        return self._heard is not None  # without the lock: one attribute, written under it
+        """Whether somebody has asked for `news` just now."""
+        return self._clock() - self._news_at < WATCHED_S  # without the lock: one attribute, written under it
 
     def _forget_news(self) -> None:
         """Stop noting who is heard from, which costs intake a hundredth, once nobody asks for it. Under the lock."""

@@ -40,6 +40,7 @@ class _Event:
     kind: bytes
     engine_id: str
     removed: Row | None = None  # the engine as it was, where the store no longer has it
+    merged: int = 0  # how often it was heard from besides, since the look before
 
 
 class _News:
@@ -47,6 +48,7 @@ class _News:
 
     def __init__(self, events: list[_Event]) -> None:
         self.events = events
+        self.merged = sum(event.merged for event in events)
         self.text = b""
         self.written_at = float("-inf")
 
@@ -142,12 +144,10 @@ class Watch:
             self._removed.pop(engine_id, None)  # so that it goes to the end
             event = self._removed[engine_id] = _Event(self.next_number(), REMOVED, engine_id, row)
             events.append(event)
-        for engine_id in heard:
-            if engine_id in self._stale:
-                self._stale.discard(engine_id)
-                events.append(self._event(LIVE, engine_id))
-            else:
-                events.append(self._event(STATE, engine_id))
+        for engine_id, count in heard:
+            kind = LIVE if engine_id in self._stale else STATE
+            self._stale.discard(engine_id)
+            events.append(self._event(kind, engine_id, merged=count - 1))
         if now >= self._look_for_stale_at:
             self._look_for_stale_at = now + STALE_LOOK_S
             for engine_id in self._store.stale() - self._stale:
@@ -160,11 +160,11 @@ class Watch:
             for reader in self._readers:
                 reader.take(given)
 
-    def _event(self, kind: bytes, engine_id: str) -> _Event:
+    def _event(self, kind: bytes, engine_id: str, *, merged: int = 0) -> _Event:
         self._removed.pop(engine_id, None)
         self._last.pop(engine_id, None)  # so that it goes to the end
         number = self._last[engine_id] = self.next_number()
-        return _Event(number, kind, engine_id)
+        return _Event(number, kind, engine_id, merged=merged)
 
     def next_number(self) -> int:
         """The number of the next event."""
@@ -249,6 +249,10 @@ class WatchReader:
         """Take what is new; what this reader has not been sent yet is replaced by what is newer."""
         if self._needs_snapshot:
             return  # which will have it
+        wanted = self._wanted
+        self._watch.merged_events += (
+            sum(event.merged for event in news.events if event.engine_id in wanted) if wanted else news.merged
+        )
         if not (self._wanted or self._min_interval_s or self._waiting or self._news):
             self._news = news
             return

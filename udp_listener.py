@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from operator import itemgetter
 
-from config import BROADCAST, Network
+from config import BROADCAST, PREFIX, Network
 from daemon_log import OncePerMinute
 from engine_state import FIELDS_JSON, Fields, InvalidDatagram, parse_datagram, quote_json, recognise_usual
 from state_log import StateLog
@@ -181,10 +181,11 @@ class UdpListener:
         for sock in sockets:
             self._arrived.register(sock, select.POLLIN)
         self._notices = {
-            "invalid": OncePerMinute(clock),
-            "from a source that is not in ALLOWED_SOURCES": OncePerMinute(clock),
-            "from a new engine, with MAX_ENGINES known already": OncePerMinute(clock),
-            "by the kernel, its receive buffer being full": OncePerMinute(clock),
+            "rejected invalid datagrams": OncePerMinute(clock),
+            f"rejected datagrams whose source is not in {PREFIX}ALLOWED_SOURCES": OncePerMinute(clock),
+            f"rejected datagrams of new engines, as many as {PREFIX}MAX_ENGINES being known": OncePerMinute(clock),
+            "the kernel dropped datagrams, its receive buffer being full: give the gateway a core of its own, or raise"
+            f" {PREFIX}RECEIVE_BUFFER and net.core.rmem_max;": OncePerMinute(clock),
         }
         self._invalid, self._source, self._capacity, self._by_kernel = self._notices.values()
         self._say_at = clock()
@@ -295,6 +296,7 @@ class UdpListener:
     ) -> tuple[list[bytes], list[bytes]]:
         """The datagrams whose senders are in ALLOWED_SOURCES, and their sources; the others are counted."""
         taken, sources = [], []
+        debug = logger.isEnabledFor(logging.DEBUG)
         for datagram, address in zip(datagrams, addresses, strict=True):
             source = self._sources[address]
             if source is not _REFUSED:
@@ -304,6 +306,8 @@ class UdpListener:
             batch.rejected_source += 1
             if self._source.add():
                 self._source.example(format_address(*unpack_address(address)))
+            if debug:
+                logger.debug("datagram rejected_source source=%s", format_address(*unpack_address(address)))
         return taken, sources
 
     def _parse(
@@ -311,6 +315,7 @@ class UdpListener:
     ) -> tuple[list[Fields], list[bytes], list[bytes]]:
         """Parse the datagrams that are not usual; the valid states, each as its log line has it, and their sources."""
         states, texts, valid_sources = [], [], []
+        debug = logger.isEnabledFor(logging.DEBUG)
         for recognised, datagram, source in zip(usual, datagrams, sources, strict=True):
             fields, text = recognised, datagram
             if not _quoted_id(recognised):
@@ -320,6 +325,8 @@ class UdpListener:
                     batch.invalid.append(error.reason)
                     if self._invalid.add():
                         self._invalid.example(f"{error} bytes={len(datagram)} source={json.loads(source)}")
+                    if debug:
+                        logger.debug("datagram invalid reason=%s source=%s", error, json.loads(source))
                     continue
                 text = b"{%b}" % (FIELDS_JSON % fields)
             states.append(fields)
@@ -335,8 +342,6 @@ class UdpListener:
         if logger.isEnabledFor(logging.DEBUG):
             for engine_id, source, outcome in _said_of(batch, outcomes):
                 logger.debug("datagram %s engine_id=%r source=%s", outcome, engine_id, source)
-            for reason in batch.invalid:
-                logger.debug("datagram rejected reason=%s", reason)
 
     def _say(self) -> None:
         """Say what there is to say of rejected datagrams; once a second, so that no count stays unsaid."""
@@ -348,7 +353,7 @@ class UdpListener:
         for what, notice in self._notices.items():
             said = notice.due()
             if said is not None:
-                logger.warning("rejected datagrams %s %s", what, said)
+                logger.warning("%s %s", what, said)
 
     def kernel_dropped(self) -> int | None:
         """Datagrams that the kernel dropped for want of buffer, by the sockets' own account; None where it has none."""

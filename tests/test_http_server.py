@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import http_server
-from http_server import BadRequest, HttpServer, Stream, parse_head, take_head
+from http_server import MAX_REQUEST_LINE_BYTES, BadRequest, HttpServer, Stream, parse_head, take_head
 from state_query import Answer, QueryError
 from tests.harness import DEADLINE_S, FakeClock, wait_until
 
@@ -215,6 +215,8 @@ class Refusals(ServerCase):
             (405, b"MADE-UP /x HTTP/1.1" + host),
             (405, b"OPTIONS * HTTP/1.1" + host),
             (414, b"GET /" + b"x" * 70_000 + b" HTTP/1.1" + host),
+            (414, b"GET /" + b"x" * (MAX_REQUEST_LINE_BYTES - 13) + b" HTTP/1.1" + host),
+            (414, b"GET /" + b"x" * (MAX_REQUEST_LINE_BYTES - 13) + b" HTTP/1.1\nHost: a\n\n"),
             (414, b"x" * 70_000),
             (431, b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70_000 + b"\r\n\r\n"),
             (431, b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: x\r\n" * 101 + b"\r\n"),
@@ -231,6 +233,12 @@ class Refusals(ServerCase):
                 self.assertEqual(headers["content-type"], "application/json")
                 self.assertEqual(headers.get("allow"), "GET, HEAD" if status == 405 else None)
         self.assertEqual(self.ask(b"GET /fine HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
+
+    def test_a_request_line_may_be_as_long_as_is_said(self) -> None:
+        line = b"GET /" + b"x" * (MAX_REQUEST_LINE_BYTES - 14) + b" HTTP/1.1"
+        self.assertEqual(len(line), MAX_REQUEST_LINE_BYTES)
+        for end in (b"\r\n", b"\n"):
+            self.assertEqual(self.ask(line + end + b"Host: a" + end + end)[0], 200)
 
     def test_a_405_does_not_end_a_connection_that_sent_no_body(self) -> None:
         client = self.connect().send(b"DELETE /x HTTP/1.1\r\nHost: a\r\n\r\nGET /x HTTP/1.1\r\nHost: a\r\n\r\n")

@@ -449,6 +449,10 @@ class CommandLine(ProcessCase):
         self.assertEqual(self.run_to_end("--version").stdout, f"elrar-state-gateway {VERSION}\n")
         self.assertIn(f'\nversion = "{VERSION}"\n', (TOP / "pyproject.toml").read_text())
 
+    def test_check_config_says_what_is_not_used(self) -> None:
+        done = self.run_to_end("--check-config", NETWORK_MODE="broadcast", BIND_ADDRESS="127.0.0.1")
+        self.assertRegex(done.stdout, r"BIND_ADDRESS=127\.0\.0\.1  # environment, not used in broadcast mode")
+
     def test_check_config_prints_what_is_in_effect(self) -> None:
         done = self.run_to_end("--check-config", STALE_THRESHOLD=5000, UDP_PROT=1)
         self.assertEqual(done.returncode, 0)

@@ -158,11 +158,30 @@ class Datagrams(ListenerCase):
     def test_debug_says_what_became_of_each(self) -> None:
         listener = self.listen()
         with self.assertLogs("elrar.listener", "DEBUG") as logged:
-            self.send(datagram(), datagram(), b"junk")
+            self.send(datagram(), datagram(), b"junk", b"[]")
             self.take_all(listener)
-        text = "\n".join(record.getMessage() for record in logged.records)
-        for said in ("datagram accepted engine_id='test'", "datagram duplicate", "datagram rejected reason=not_json"):
-            self.assertIn(said, text)
+        said = [record.getMessage() for record in logged.records if record.levelno == logging.DEBUG]
+        self.assertEqual(len(said), 4)
+        for line, pattern in zip(
+            sorted(said),
+            (
+                r"datagram accepted engine_id='test' source=127\.0\.0\.1:\d+",
+                r"datagram duplicate engine_id='test' source=127\.0\.0\.1:\d+",
+                r"datagram invalid reason=not_an_object source=127\.0\.0\.1:\d+",
+                r"datagram invalid reason=not_json source=127\.0\.0\.1:\d+",
+            ),
+            strict=True,
+        ):
+            self.assertRegex(line, f"^{pattern}$")
+
+    def test_debug_says_who_was_refused(self) -> None:
+        listener = self.listen("127.0.0.1", "10.0.0.0/8")
+        with self.assertLogs("elrar.listener", "DEBUG") as logged:
+            self.send(datagram(), datagram())
+            self.take_all(listener)
+        said = [record.getMessage() for record in logged.records if record.levelno == logging.DEBUG]
+        self.assertEqual(len(said), 2)
+        self.assertRegex(said[0], r"^datagram rejected_source source=127\.0\.0\.1:\d+$")
 
     def test_nothing_is_said_for_a_good_datagram_above_debug(self) -> None:
         listener = self.listen()
@@ -249,7 +268,8 @@ class KernelBuffer(ListenerCase):
         self.send(*(datagram(timestamp_ms=number) for number in range(sent)))
         with self.assertLogs("elrar.listener", "WARNING") as logged:
             tally = self.take_all(listener)
-        self.assertIn("by the kernel", logged.output[0])
+        self.assertIn("the kernel dropped datagrams", logged.output[0])
+        self.assertIn("RECEIVE_BUFFER", logged.output[0])
         self.assertLess(tally.received, sent)
         self.assertEqual(tally.received + (listener.kernel_dropped() or 0), sent)
 

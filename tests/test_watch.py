@@ -315,6 +315,14 @@ class SlowReaders(WatchCase):
         self.assertEqual({event.data["pending_tokens_total"] for event in told}, {49})
         self.assertEqual(self.watch.merged_events, 98)
 
+    def test_what_came_between_two_looks_counts_as_merged_too(self) -> None:
+        everything, one = self.watching(), self.watching("/watch?engine_id=a")
+        for _ in range(5):
+            self.push("a", "b")
+        self.assertEqual(self.kinds(self.read(everything)), [("state", "a"), ("state", "b")])
+        self.assertEqual(self.kinds(self.read(one)), [("state", "a")])
+        self.assertEqual(self.watch.merged_events, 4 + 4 + 4)
+
     def test_numbers_grow_all_the_same(self) -> None:
         reader, quick = self.watching(), self.watching()
         names = [f"e{number}" for number in range(700)]
