@@ -409,7 +409,7 @@ class StateStore:
         return self._engines.get(quote_json(engine_id).encode("utf-8", "replace"))
 
     def news(self) -> tuple[list[tuple[str, int]], list[Row]] | None:
-        """Who was heard from since the last call and is known, and how often; before that, who was removed, as they were.
+        """Who was heard from since the last call and is known, how often; before that, who was removed, as they were.
 
         None where that was not noted: at the first call, and where the last one was NEWS_KEPT_S ago. For one reader.
         """
