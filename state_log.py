@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from daemon_log import OncePerMinute
+from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.log")
 
@@ -33,6 +34,7 @@ ROTATE_RETRY_S = 60.0
 NEVER_ROTATED = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")  # names that are no places in a folder
 WRITE_BYTES = 1024 * 1024  # at most in one system call, so that a slow disk is seen to move
 WRITE_PIECES = 1000  # the same; systems take 1024
+_OVERHEAD = 160  # bytes of memory of what is appended at once, besides its text
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class _Lines:
     data: bytes
     states: int  # how many lines; 0 for the one line of an event
     offset: int = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that they take while they wait."""
+        return len(self.data) + _OVERHEAD if self.states else 0  # an event's one line is not in the account
 
 
 class StateLog:
@@ -77,15 +84,16 @@ class StateLog:
         self._buffer_bytes = buffer_bytes
         self._clock = clock
         self._wall_clock = wall_clock
-        # Guards the five below: appended to by the listener, swapped out whole by the writer.
+        # Guards the six below: appended to by the listener, swapped out whole by the writer.
         self._lock = threading.Lock()
         self._waiting: list[_Lines] = []
         self._waiting_bytes = 0
         self._buffered_bytes = 0  # appended and not yet written, `_unwritten` included
         self._appended = 0  # states
         self._dropped = 0
+        self._closed = False
         self._stopping = False
-        self._due = threading.Event()  # wakes the writer up before its time
+        self._turn = WakeUp()  # the writer's
         self._reopen_asked = False
         # All below is the writer's own.
         self._fd = -1
@@ -111,6 +119,7 @@ class StateLog:
             self._unwritten.append(self._event(event, message, fields))
             self._write_unwritten()
         except BaseException:
+            self._unfinished_line_back_out()
             self._close_file()
             raise
 
@@ -131,18 +140,17 @@ class StateLog:
         self._buffer(_Lines(b"".join(pieces), len(states)))
 
     def _buffer(self, lines: _Lines) -> None:
-        size = len(lines.data)
         with self._lock:
-            if self._buffered_bytes + size > self._buffer_bytes:
+            if self._closed or self._buffered_bytes + lines.memory > self._buffer_bytes:
                 self._dropped += lines.states
                 return
-            self._buffered_bytes += size
+            self._buffered_bytes += lines.memory
             self._appended += lines.states
             self._waiting.append(lines)
-            self._waiting_bytes += size
-            due = self._waiting_bytes >= FLUSH_BYTES
-        if due and not self._due.is_set():
-            self._due.set()
+            due = self._waiting_bytes < FLUSH_BYTES <= self._waiting_bytes + len(lines.data)
+            self._waiting_bytes += len(lines.data)
+        if due:
+            self._turn.ring()
 
     def _event(self, event: str, message: str, fields: dict[str, object]) -> _Lines:
         document = {"timestamp": self._wall_clock(), "event": event, "message": message, **fields}
@@ -160,15 +168,14 @@ class StateLog:
         """Write what waits, every FLUSH_INTERVAL_S or FLUSH_BYTES, until `stop` is called; then once more."""
         while not self._stopping:
             self.step()
-            self._due.wait(FLUSH_INTERVAL_S)
-            self._due.clear()
+            self._turn.wait(FLUSH_INTERVAL_S)
         self._retry_at = self._clock()
         self.step()
 
     def stop(self) -> None:
         """Make `run` write what waits and return; from any thread, twice is harmless."""
         self._stopping = True
-        self._due.set()
+        self._turn.ring()
 
     def close(self, event: str, message: str, **fields: object) -> int:
         """Write the last line and close the file; returns how many states had to be given up.
@@ -191,6 +198,7 @@ class StateLog:
         with self._lock:
             given_up = self._appended - self._written
             self._dropped += given_up
+            self._closed = True  # what is appended from now on is dropped, and counted so
         return given_up
 
     def abandon(self) -> None:
@@ -283,7 +291,7 @@ class StateLog:
                 self._written += lines.data.count(b"\n", begun, lines.offset)
             if lines.offset == size:
                 self._unwritten.popleft()
-                finished += size if lines.states else 0  # an event's is not in the buffer's account
+                finished += lines.memory
         with self._lock:
             self._buffered_bytes -= finished
 

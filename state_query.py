@@ -162,6 +162,7 @@ class Query:
         intervals = parameters.get("min_interval_ms", ["0"])
         if not all(re.fullmatch("[0-9]{1,7}", text) and int(text) <= LONGEST_INTERVAL_MS for text in intervals):
             raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {LONGEST_INTERVAL_MS}")
+        self._gateway.catch_up()
         reader = self._watch.open(
             lambda: self._snapshot((LIVE, STALE), engine_ids).body, engine_ids, int(intervals[-1]), last_event_id
         )

@@ -29,6 +29,7 @@ from engine_state import (
     timestamp_ms,
     unpack,
 )
+from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.store")
 
@@ -217,6 +218,10 @@ def age_ms(now: float, then: float) -> int:
     return int((now - then) * 1000 + 1e-3) if then < now else 0
 
 
+def _quoted(engine_id: str) -> bytes:
+    return quote_json(engine_id).encode("utf-8", "surrogatepass")  # no engine that is known has a surrogate
+
+
 def _rows(engines: Iterable[_Engine]) -> list[Row]:
     # `shown` is read before `heard_at`, which is at least as new then: they are not read under the lock.
     return [(engine.engine_id, engine.quoted_id, engine.shown, engine.heard_at) for engine in engines]
@@ -226,7 +231,6 @@ class StateStore:
     """The latest state of every engine, for any number of threads.
 
     `take` and `drained` are the listener's; every other method may be called from any thread, and returns copies.
-    An EngineState is never changed once it is in.
     """
 
     def __init__(
@@ -401,12 +405,10 @@ class StateStore:
 
     def rows_of(self, engine_ids: Iterable[str]) -> tuple[float, list[Row]]:
         """The same of some engines, in their order, without those that are not known."""
+        quoted_ids = [_quoted(engine_id) for engine_id in engine_ids]
         with self._lock:
-            found = [self._find(engine_id) for engine_id in engine_ids]
+            found = [self._engines.get(quoted_id) for quoted_id in quoted_ids]
         return self._clock(), _rows(engine for engine in found if engine is not None)
-
-    def _find(self, engine_id: str) -> _Engine | None:
-        return self._engines.get(quote_json(engine_id).encode("utf-8", "replace"))
 
     def news(self) -> tuple[list[tuple[str, int]], list[Row]] | None:
         """Who was heard from since the last call and is known, how often; before that, who was removed, as they were.
@@ -446,13 +448,13 @@ class StateStore:
     def view(self, engine_id: str) -> EngineView | None:
         """One engine, or None where it is not known."""
         with self._lock:
-            engine = self._find(engine_id)
+            engine = self._engines.get(_quoted(engine_id))
         return None if engine is None else self._view(engine, self._clock())
 
     def history(self, engine_id: str) -> list[PastState] | None:
         """The states that the table showed for an engine, oldest first; None where it is not known."""
         with self._lock:
-            engine = self._find(engine_id)
+            engine = self._engines.get(_quoted(engine_id))
             if engine is None:
                 return None
             packed, recent = engine.packed.copy(), engine.recent.copy()
@@ -479,15 +481,20 @@ class Reaper:
         self._store = store
         self._period_s = min(0.5, max(0.02, expire_after_ms / 10_000))
         self._clock = clock
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._turn = WakeUp()
         self.moved_at = clock()  # monotonic; written by the reaper's thread only
 
     def run(self) -> None:
         """Sweep until `stop` is called."""
-        while not self._stopping.wait(self._period_s):
+        while True:
+            self._turn.wait(self._period_s)
+            if self._stopping:
+                return
             self.moved_at = self._clock()
             self._store.sweep()
 
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""
-        self._stopping.set()
+        self._stopping = True
+        self._turn.ring()

@@ -5,7 +5,6 @@ Unicast and broadcast differ in what is bound only. To add a network mode, see `
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import ipaddress
 import json
@@ -16,7 +15,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 from operator import itemgetter
 
@@ -26,6 +25,7 @@ from engine_state import FIELDS_JSON, Fields, InvalidDatagram, parse_datagram, q
 from state_log import StateLog
 from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
 from udp_receiver import BATCH_DATAGRAMS, make_receiver, unpack_address
+from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.listener")
 
@@ -40,10 +40,11 @@ RAPID_PER_S = 1000
 GATHERED = 50
 LONGEST_NAP_S = 0.010
 PROMPT_NAP_S = 0.002
-SHORTEST_NAP_S = 0.0005  # at 100,000/s naps of 0.2 ms cost a third of all the CPU
+SHORTEST_NAP_S = 0.001  # at 100,000/s naps of 0.2 ms cost a third of all the CPU
 RATE_WINDOW_S = 0.02
 CACHED_SOURCES = 16384
 SMALLEST_CHARGE = 512  # bytes of receive buffer that the kernel charges for the smallest datagram, at least
+LARGEST_CHARGE = 17_408  # the same for the largest that is taken
 
 _REFUSED = b""  # what stands for the source of a sender that is not in ALLOWED_SOURCES
 _quoted_id = itemgetter(0)  # of the fields of a state; nothing where they were not recognised
@@ -115,9 +116,15 @@ def open_sockets(address: str, port: int, receive_buffer: int) -> list[socket.so
     return sockets
 
 
-def gathering_nap_s(rate: float, longest_s: float) -> float:
-    """How long to let datagrams gather that come at `rate` a second; 0 where they are not worth waiting for."""
-    return min(longest_s, max(SHORTEST_NAP_S, GATHERED / rate)) if rate >= RAPID_PER_S else 0.0
+def gathering_nap_s(rate: float, longest_s: float, room: float) -> float:
+    """How long to let datagrams gather that come at `rate` a second, so that no more than `room` wait in the socket.
+
+    0 where they are not worth waiting for.
+    """
+    if rate < RAPID_PER_S:
+        return 0.0
+    nap_s = min(longest_s, max(SHORTEST_NAP_S, GATHERED / rate), room / rate)
+    return nap_s if nap_s >= SHORTEST_NAP_S else 0.0
 
 
 class _Sources(dict[bytes, bytes]):
@@ -168,16 +175,18 @@ class UdpListener:
         for sock in (*sockets, self._wake_reader):
             self._poll.register(sock, select.POLLIN)
         # What a full receive buffer can hold at most: after so many datagrams, all that waited before has been taken.
-        self._buffered_at_most = 1 + sum(map(granted_receive_buffer, sockets)) * 2 // SMALLEST_CHARGE
+        granted = [granted_receive_buffer(sock) * 2 for sock in sockets]
+        self._buffered_at_most = 1 + sum(granted) // SMALLEST_CHARGE
+        self._room = min(granted) / 4 / LARGEST_CHARGE  # datagrams that may gather: a quarter of what certainly fits
         self._taken_without_pause = 0
         self._pause_ended_at = clock()
         self._taking = False  # whether there may be datagrams that have left the socket and are not in the store yet
-        # For `catch_up`: when it was asked for, what ends its waiting, and what ends the listener's nap.
-        self._asked_at: float | None = None
-        self._caught_up = threading.Event()
-        self._nap = threading.Lock()
-        self._nap.acquire()
-        self._arrived = select.poll()  # one of its own, because two threads cannot wait on one
+        self._nap = WakeUp()
+        # When `catch_up` was asked for last and the same once all that had arrived by then is taken, each replaced as a
+        # whole by one thread; what ends its waiting; and a poll of its own, because two threads cannot wait on one.
+        self._question = self._answered = (float("-inf"),)
+        self._caught_up = WakeUp()
+        self._arrived = select.poll()
         for sock in sockets:
             self._arrived.register(sock, select.POLLIN)
         self._notices = {
@@ -199,16 +208,16 @@ class UdpListener:
         """Take datagrams until `stop` is called, and then what waits in the socket."""
         nap_s, counted, counted_from = 0.0, 0, self._clock()
         while not self._stopping:
-            taken = self.step(WAIT_MS if self._asked_at is None else 0)
+            taken = self.step(WAIT_MS if self._answered is self._question else 0)
             counted += taken
             now = self._clock()
             if now - counted_from >= RATE_WINDOW_S:
                 longest_s = PROMPT_NAP_S if self._prompt or self._store.is_watched else LONGEST_NAP_S
-                nap_s = gathering_nap_s(counted / (now - counted_from), longest_s)
+                nap_s = gathering_nap_s(counted / (now - counted_from), longest_s, self._room)
                 counted, counted_from = 0, now
             # More than a batch is a socket that has been filling up meanwhile.
-            if nap_s and taken < BATCH_DATAGRAMS and self._asked_at is None:
-                self._nap.acquire(timeout=nap_s)
+            if nap_s and taken < BATCH_DATAGRAMS and self._answered is self._question:
+                self._nap.wait(nap_s)
         deadline = self._clock() + STOP_DRAIN_S
         while self.step(0) and self._clock() < deadline:
             pass
@@ -241,25 +250,33 @@ class UdpListener:
                 emptied = False
         self._taking = False
         self._say_how_far(emptied, looked_at, taken)
-        if self._asked_at is not None and emptied and looked_at >= self._asked_at:
-            self._asked_at = None
-            self._caught_up.set()
+        question = self._question
+        if question is not self._answered and emptied and looked_at >= question[0]:
+            self._answered = question
+            self._caught_up.ring()
         if looked_at >= self._say_at:
             self._say()
         return taken
 
     def catch_up(self, patience_s: float) -> None:
-        """Have all taken that has arrived by now, and wait for that, for so long at most; for one other thread."""
-        if not self._taking and not self._arrived.poll(0):
-            return
-        self._caught_up.clear()
-        self._asked_at = self._clock()
-        self._end_nap()
-        self._caught_up.wait(patience_s)
+        """Have all taken that has arrived by now, and wait for that, for so long at most; for one other thread.
 
-    def _end_nap(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it naps no more
-            self._nap.release()
+        Once it is told to stop, nobody waits for it any more.
+        """
+        if self._has_taken_all() or self._stopping:
+            return
+        self._question = question = (self._clock(),)
+        self._nap.ring()
+        # Once more, because a listener that did not see the question yet may have gone to wait for what comes next.
+        if self._has_taken_all():
+            return
+        give_up_at = time.monotonic() + patience_s
+        while self._answered is not question and (left_s := give_up_at - time.monotonic()) > 0:
+            self._caught_up.wait(left_s)  # it may have been rung for an earlier question
+
+    def _has_taken_all(self) -> bool:
+        # In this order: what has left the socket is being taken from before it leaves it.
+        return not self._arrived.poll(0) and not self._taking
 
     def _say_how_far(self, all_taken: bool, looked_at: float, taken: int) -> None:
         self._taken_without_pause += taken
@@ -336,12 +353,12 @@ class UdpListener:
 
     def _note(self, batch: Batch, outcomes: list[str]) -> None:
         if REJECTED_CAPACITY in outcomes:
-            for engine_id, source, outcome in _said_of(batch, outcomes):
+            for number, outcome in enumerate(outcomes):
                 if outcome is REJECTED_CAPACITY and self._capacity.add():
-                    self._capacity.example(f"engine_id={engine_id!r} source={source}")
+                    self._capacity.example(_who(batch, number))
         if logger.isEnabledFor(logging.DEBUG):
-            for engine_id, source, outcome in _said_of(batch, outcomes):
-                logger.debug("datagram %s engine_id=%r source=%s", outcome, engine_id, source)
+            for number, outcome in enumerate(outcomes):
+                logger.debug("datagram %s %s", outcome, _who(batch, number))
 
     def _say(self) -> None:
         """Say what there is to say of rejected datagrams; once a second, so that no count stays unsaid."""
@@ -373,7 +390,7 @@ class UdpListener:
     def stop(self) -> None:
         """Make `run` take what waits and return; from any thread, twice is harmless."""
         self._stopping = True
-        self._end_nap()
+        self._nap.ring()
         try:
             self._wake_writer.send(b"x")
         except OSError:
@@ -390,10 +407,9 @@ class UdpListener:
             sock.close()
 
 
-def _said_of(batch: Batch, outcomes: list[str]) -> Iterator[tuple[str, str, str]]:
-    """The engine_id, the source and the outcome of each state of a batch."""
-    for fields, source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
-        yield json.loads(_quoted_id(fields)), json.loads(source), outcome
+def _who(batch: Batch, number: int) -> str:
+    """The engine and the source of a state of a batch."""
+    return f"engine_id={json.loads(_quoted_id(batch.states[number]))!r} source={json.loads(batch.sources[number])}"
 
 
 def granted_receive_buffer(sock: socket.socket) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import unittest
 from typing import Any
+from unittest import mock
 
+import engine_state
 from engine_state import (
     FIELDS,
     FIELDS_JSON,
+    MAX_DATAGRAM_BYTES,
     MAX_NESTING,
     REASONS,
     InvalidDatagram,
@@ -208,6 +211,19 @@ class Heartbeats(unittest.TestCase):
 
     def test_an_idle_engine_that_knows_its_capacity_is_no_heartbeat(self) -> None:
         self.assert_heartbeat(datagram(**{**PLACEHOLDERS, "engine_capacity": 59768.27}), False)
+
+
+class Usual(unittest.TestCase):
+    """What is recognised without being parsed; test_fuzz holds it and the parser together."""
+
+    def test_junk_is_not_looked_at_for_long(self) -> None:
+        """A batch of the largest junk, made of what is put between datagrams, beside a usual one."""
+        usual = datagram()
+        for junk in (b"\xff" * MAX_DATAGRAM_BYTES, b"x" * MAX_DATAGRAM_BYTES, usual + b"\xff" * 8000, usual * 30):
+            with mock.patch("engine_state._USUAL", wraps=engine_state._USUAL) as looked:
+                found = recognise_usual([junk] * 127 + [usual])
+            self.assertEqual([bool(fields[0]) for fields in found], [False] * 127 + [True])
+            self.assertLess(sum(len(call.args[0]) for call in looked.findall.call_args_list), 2 * len(usual))
 
 
 class Json(unittest.TestCase):

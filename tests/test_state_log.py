@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import threading
+import tracemalloc
 import unittest
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -122,7 +123,7 @@ class Lines(LogCase):
 
     def test_what_comes_fast_is_not_left_to_wait(self) -> None:
         log = self.make_log()
-        with mock.patch("state_log.FLUSH_INTERVAL_S", threading.TIMEOUT_MAX):
+        with mock.patch("state_log.FLUSH_INTERVAL_S", 3600.0):
             writer = threading.Thread(target=log.run)
             writer.start()
             self.addCleanup(writer.join)
@@ -383,6 +384,25 @@ class Failing(LogCase):
         self.assertEqual(log.counters().dropped, 2)
         self.assertEqual(self.numbers(self.path), [1])
 
+    def test_what_comes_after_the_end_is_counted_as_dropped(self) -> None:
+        log = self.make_log()
+        self.write(log, 1)
+        self.assertEqual(log.close("gateway_stopped", "stopped"), 0)
+        append(log, {}, {})
+        self.assertEqual((log.counters().written, log.counters().dropped), (1, 2))
+
+    def test_many_small_pieces_take_no_more_memory_than_the_buffer_has(self) -> None:
+        """Python's objects are in the account, too: 10,000 states that come one by one."""
+        log = self.make_log(buffer_bytes=1 << 20)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(10_000):
+            append(log, {"pending_tokens_total": number})
+        after, _ = tracemalloc.get_traced_memory()
+        self.assertGreater(log.counters().dropped, 5000)
+        self.assertLess(after - before, 1.1 * (1 << 20))
+
     def test_a_fifo_whose_reader_stops_reading_stops_nobody(self) -> None:
         os.mkfifo(self.path)
         reader = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
@@ -402,6 +422,11 @@ class Failing(LogCase):
 
 class CannotStart(LogCase):
     """What cannot be opened at the start is an error at once."""
+
+    def test_a_first_line_that_does_not_fit_is_taken_back(self) -> None:
+        with mock.patch("state_log.os.writev", FullDisk(room=20).writev), self.assertRaises(OSError):
+            self.make_log()
+        self.assertEqual(self.path.read_bytes(), b"")
 
     def test_errors_at_the_start(self) -> None:
         fifo = self.folder / "fifo"

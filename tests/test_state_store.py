@@ -455,6 +455,22 @@ class Counters(StoreCase):
         self.assertEqual(self.store.tally().accepted, 295)
 
 
+class Names(StoreCase):
+    """An engine is found by exactly its name."""
+
+    def test_a_name_is_no_other_one(self) -> None:
+        names = ("a?", "a\\", 'a"b', "引擎", "😀", "a\\u0041")
+        for name in names:
+            self.send(engine_id=name)
+        for name in names:
+            self.assertEqual(self.view(name).state.engine_id, name)
+            self.assertEqual(len(self.store.history(name) or []), 1)
+        for name in ("a\ud800", "a", "aA", '"a?"', "", "\\ud83d\\ude00"):
+            self.assertIsNone(self.store.view(name), name)
+            self.assertIsNone(self.store.history(name), name)
+            self.assertEqual(self.store.rows_of([name])[1], [])
+
+
 class Mixed(StoreCase):
     """A usual datagram and a parsed one are the same state."""
 
@@ -477,7 +493,7 @@ class Mixed(StoreCase):
         self.assertEqual(self.view().state, parse_datagram(datagram(latency_pred_ms=16.11793779048644)))
 
 
-for _case in (Accepted, Duplicates, OrderAndRestarts, HeartbeatRule, Capacity, Life, History, Counters):
+for _case in (Accepted, Duplicates, OrderAndRestarts, HeartbeatRule, Capacity, Life, History, Counters, Names):
     _name = f"{_case.__name__}OfUsualDatagrams"
     globals()[_name] = type(_name, (_case,), {"recognise": True, "__doc__": _case.__doc__, "__module__": __name__})
 

@@ -22,6 +22,7 @@ from tests.harness import DEADLINE_S, FakeClock, datagram, heartbeat, ipv6_works
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import (
     BATCHES_A_STEP,
+    LARGEST_CHARGE,
     LONGEST_NAP_S,
     PROMPT_NAP_S,
     RAPID_PER_S,
@@ -324,15 +325,21 @@ class Gathering(unittest.TestCase):
 
     def test_what_comes_now_and_then_is_not_waited_with(self) -> None:
         for rate in (0.0, 1.0, RAPID_PER_S - 1):
-            self.assertEqual(gathering_nap_s(rate, LONGEST_NAP_S), 0.0)
+            self.assertEqual(gathering_nap_s(rate, LONGEST_NAP_S, float("inf")), 0.0)
 
     def test_a_nap_is_the_shorter_the_more_comes_and_is_bounded(self) -> None:
         for longest_s in (LONGEST_NAP_S, PROMPT_NAP_S):
             rates = (RAPID_PER_S, 5000, 10_000, 30_000, 100_000, 1_000_000)
-            naps = [gathering_nap_s(rate, longest_s) for rate in rates]
+            naps = [gathering_nap_s(rate, longest_s, float("inf")) for rate in rates]
             self.assertEqual(naps, sorted(naps, reverse=True))
             self.assertEqual((naps[0], naps[-1]), (longest_s, SHORTEST_NAP_S))
         self.assertLess(PROMPT_NAP_S, LONGEST_NAP_S)
+
+    def test_what_gathers_has_room_in_the_receive_buffer_however_large_it_is(self) -> None:
+        for rate in (RAPID_PER_S, 5000, 100_000, 1_000_000):
+            for granted in (2304, 65_536, 212_992, 8 << 20):
+                nap_s = gathering_nap_s(rate, LONGEST_NAP_S, granted * 2 / 4 / LARGEST_CHARGE)
+                self.assertLessEqual(nap_s * rate * LARGEST_CHARGE, granted * 2 / 4 + 1)
 
 
 class MovingClock(FakeClock):
@@ -347,8 +354,8 @@ class CatchingUp(ListenerCase):
     """Who asks is shown everything that had arrived before the question, however much the listener gathers."""
 
     def run_napping(self, listener: UdpListener) -> mock.Mock:
-        """Have the listener run, and take a nap without end after whatever it takes; returns what it asks how long."""
-        patched = mock.patch("udp_listener.gathering_nap_s", return_value=threading.TIMEOUT_MAX)
+        """Have the listener run, and nap for an hour after whatever it takes; returns what it asks how long."""
+        patched = mock.patch("udp_listener.gathering_nap_s", return_value=3600.0)
         how_long = patched.start()
         self.addCleanup(patched.stop)
         thread = threading.Thread(target=listener.run)
@@ -400,14 +407,42 @@ class CatchingUp(ListenerCase):
         def ask_meanwhile(batch: Batch) -> list[str]:
             self.assertEqual(listener._arrived.poll(0), [], "it has left the socket")
             with mock.patch.object(listener, "_caught_up") as waited_for:
-                listener.catch_up(0.0)
-            waited_for.wait.assert_called_once_with(0.0)
+                listener.catch_up(0.001)
+            waited_for.wait.assert_called()
             taken.append(batch.received_at)
             return []
 
         with mock.patch.object(self.store, "take", ask_meanwhile):
             listener.step(0)
         self.assertEqual(len(taken), 1)
+
+    def test_what_leaves_the_socket_during_the_look_is_waited_for(self) -> None:
+        listener = self.listen()
+
+        def take_out(timeout_ms: int) -> list[tuple[int, int]]:
+            listener._taking = True
+            return []
+
+        with mock.patch.object(listener, "_arrived") as arrived:
+            arrived.poll.side_effect = take_out
+            self.assertFalse(listener._has_taken_all())
+
+    def test_a_listener_that_has_gone_to_wait_meanwhile_is_not_waited_for(self) -> None:
+        listener = self.listen()
+        with (
+            mock.patch.object(listener, "_has_taken_all", side_effect=[False, True]),
+            mock.patch.object(listener, "_caught_up") as waited_for,
+        ):
+            listener.catch_up(DEADLINE_S)
+        waited_for.wait.assert_not_called()
+
+    def test_a_listener_that_has_stopped_is_not_waited_for(self) -> None:
+        listener = self.listen()
+        self.send(datagram())
+        listener.stop()
+        with mock.patch.object(listener, "_caught_up") as waited_for:
+            listener.catch_up(DEADLINE_S)
+        waited_for.wait.assert_not_called()
 
     def test_an_intake_that_cannot_keep_up_is_not_waited_for_for_long(self) -> None:
         listener = self.listen()  # nobody runs it
