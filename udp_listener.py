@@ -295,7 +295,7 @@ class UdpListener:
         sources = [known[address] for address in addresses]
         if _REFUSED in sources:
             datagrams, sources = self._without_refused(batch, datagrams, addresses)
-        states = recognise_usual(datagrams) if datagrams else []
+        states = recognise_usual(datagrams)
         texts = datagrams
         if not all(map(_quoted_id, states)):
             states, texts, sources = self._parse(batch, states, datagrams, sources)
