@@ -27,15 +27,37 @@ def entry(view: EngineView) -> dict[str, Any]:
     }
 
 
-_LASTING = b'{%b, "heartbeat": %%b, "received_ms": %%b, "clock_offset_ms": %%d, "source": %%b, ' % FIELDS_JSON
+_MEMBER = b', %%b: {%b, "heartbeat": %%b, "received_ms": %%b, "clock_offset_ms": %%d, "source": %%b, ' % FIELDS_JSON
+
+
+def member_json(quoted_id: bytes, shown: Shown) -> bytes:
+    """The beginning of an entry as it follows others at /engines, under its id: all that lasts until the next state.
+
+    The id is JSON text.
+    """
+    # Spelled out and in one go, because this is most of what a snapshot takes: in steps it takes half as long again.
+    held, heartbeat, _, source = shown
+    stamp, latency, mode, pending, free, total, capacity, received = split_held(held)
+    return _MEMBER % (
+        quoted_id,
+        quoted_id,
+        stamp,
+        latency,
+        mode,
+        pending,
+        free,
+        total,
+        capacity,
+        b"true" if heartbeat else b"false",
+        received,
+        int(received) - int(stamp),
+        source,
+    )
 
 
 def lasting_json(quoted_id: bytes, shown: Shown) -> bytes:
-    """The beginning of an entry: all that stays as it is until the next state comes. The id is JSON text."""
-    held, heartbeat, _, source = shown
-    *fields, received = split_held(held)
-    heartbeat_json = b"true" if heartbeat else b"false"
-    return _LASTING % (quoted_id, *fields, heartbeat_json, received, int(received) - int(fields[0]), source)
+    """The same of an entry that stands alone."""
+    return member_json(quoted_id, shown)[len(b", ") + len(quoted_id) + len(b": ") :]
 
 
 class AgesJson(dict[tuple[int, int], tuple[bytes, bool]]):

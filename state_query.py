@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote
 
 import state_metrics as metrics
 from engine_state import FIELDS_JSON, quote_json
-from state_entry import EndsJson, lasting_json
+from state_entry import EndsJson, lasting_json, member_json
 from state_store import LIVE, STALE, Shown, StateStore
 from state_watch import MAX_READERS, Watch, WatchReader
 
@@ -181,7 +181,7 @@ class Query:
         for engine_id, quoted_id, shown, heard_at in rows:
             piece = lasting.get(engine_id)
             if piece is None or piece[0] is not shown:
-                piece = lasting[engine_id] = shown, b", %b: %b" % (quoted_id, lasting_json(quoted_id, shown))
+                piece = lasting[engine_id] = shown, member_json(quoted_id, shown)
             end, live = ends[heard_at] if shown[2] == heard_at else ends.of(heard_at, shown[2])
             live_engines += live
             if (wants_live if live else wants_stale) and (not engine_ids or engine_id in engine_ids):
