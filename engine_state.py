@@ -44,6 +44,11 @@ REASONS = {
 quote_json: Callable[[str], str] = encode_basestring  # a JSON string literal, with printable text kept as it is
 
 
+def unquote_json(literal: bytes) -> str:
+    """The text of a JSON string literal; json.loads takes five times as long where nothing is escaped."""
+    return str(json.loads(literal)) if b"\\" in literal else literal[1:-1].decode()
+
+
 class InvalidDatagram(ValueError):
     """A datagram that is no valid state: `reason` is a key of REASONS, `field` the field at fault, or None."""
 
@@ -215,7 +220,7 @@ _MODES = {b'"%b"' % mode.encode(): mode for mode in ("latency_optimized", "throu
 
 
 def _mode(text: bytes) -> str:
-    return _MODES.get(text) or str(json.loads(text))
+    return _MODES.get(text) or unquote_json(text)
 
 
 def _float(text: bytes) -> float:

@@ -5,7 +5,6 @@ The store decides the outcome of a datagram and counts it. It never waits for th
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -28,6 +27,7 @@ from engine_state import (
     received_ms,
     timestamp_ms,
     unpack,
+    unquote_json,
 )
 from wake_up import WakeUp
 
@@ -134,7 +134,7 @@ class EngineView(NamedTuple):
     @property
     def source(self) -> str:
         """Where the state shown came from, as `<ip>:<port>`."""
-        return str(json.loads(self.shown[3]))
+        return unquote_json(self.shown[3])
 
     @property
     def clock_offset_ms(self) -> int:
@@ -175,7 +175,7 @@ class _Engine:
 
     def __init__(self, quoted_id: bytes, shown: Shown) -> None:
         self.quoted_id = quoted_id
-        self.engine_id: str = json.loads(quoted_id)
+        self.engine_id = unquote_json(quoted_id)
         self.heard_at = float("-inf")  # until the datagram is taken that it appears with
         self.last = self.newest = shown[0]
         self.shown = shown
@@ -327,9 +327,6 @@ class StateStore:
             self._changes += 1
         return outcomes
 
-    def _is_live(self, engine: _Engine, now: float) -> bool:
-        return age_ms(now, engine.heard_at) <= self._stale_ms
-
     def drained(self, at: float) -> None:
         """The listener says that everything that had arrived by `at` (monotonic, s) has been taken.
 
@@ -342,15 +339,16 @@ class StateStore:
         """Remove the engines that expired, and log who came and went; returns how many were removed."""
         drained_at = self._drained_at
         with self._lock:
-            engines = list(self._engines.items())
+            engines = list(self._engines.values())
         # Looked through without the lock, since `heard_at` only moves forward; what is found is checked again under it.
-        silent = [pair for pair in engines if not self._is_live(pair[1], drained_at)]
+        heard_until = drained_at - self._stale_s
+        silent = [engine for engine in engines if engine.heard_at <= heard_until]
         removed = 0
         with self._lock:
-            for quoted_id, engine in silent:
+            for engine in silent:
                 silence_ms = age_ms(drained_at, engine.heard_at)
                 if silence_ms > self._expire_ms:
-                    if self._engines.pop(quoted_id, None) is None:
+                    if self._engines.pop(engine.quoted_id, None) is None:
                         continue  # by another sweep
                     self._history_bytes -= engine.history_bytes()
                     engine.packed, engine.recent = [], []
@@ -387,8 +385,8 @@ class StateStore:
         """How many engines are live, and how many are known."""
         with self._lock:
             engines = list(self._engines.values())
-        now = self._clock()
-        return sum(self._is_live(engine, now) for engine in engines), len(engines)
+        heard_until = self._clock() - self._stale_s
+        return len([engine for engine in engines if engine.heard_at > heard_until]), len(engines)
 
     def views(self) -> list[EngineView]:
         """Every engine, in the order in which they appeared. The lock is held for one list copy only."""

@@ -17,7 +17,9 @@ from engine_state import (
     InvalidDatagram,
     is_heartbeat,
     parse_datagram,
+    quote_json,
     recognise_usual,
+    unquote_json,
 )
 from tests.harness import CAPTURED, GUIDE_EXAMPLE, PLACEHOLDERS, datagram, fields
 
@@ -236,6 +238,13 @@ class Json(unittest.TestCase):
                 written = json.loads(b"{%b}" % (FIELDS_JSON % state.fields()))
                 self.assertEqual(written, state.as_dict())
                 self.assertEqual(list(written), list(FIELDS))
+
+    def test_a_text_that_was_quoted_comes_back_and_so_does_one_that_others_wrote(self) -> None:
+        texts = [parse_datagram(one).engine_id for one in VALID.values()]
+        for text in (*texts, "", '"', "\\", '\\"', "\n"):
+            with self.subTest(text):
+                self.assertEqual(unquote_json(quote_json(text).encode()), text)
+                self.assertEqual(unquote_json(json.dumps(text).encode()), text)
 
     @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
     def test_a_real_engine_s_states_come_out_byte_for_byte(self) -> None:
