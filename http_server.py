@@ -23,6 +23,7 @@ from typing import Protocol
 
 from daemon_log import OncePerMinute
 from state_query import Answer, QueryError, error_answer
+from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.http")
 
@@ -203,8 +204,8 @@ class HttpServer:
         self._clock = clock
         self._wall_clock = wall_clock
         self._selector = selectors.DefaultSelector()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._turn = WakeUp()
+        self._selector.register(self._turn, selectors.EVENT_READ)
         self._selector.register(listener, selectors.EVENT_READ)
         self._accepting = True
         self._accept_again_at = 0.0
@@ -244,18 +245,12 @@ class HttpServer:
     def refuse_new(self) -> None:
         """Let go of the port, and go on answering those who are connected; from any thread, twice is harmless."""
         self._refusing = True
-        self._wake()
+        self._turn.ring()
 
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""
         self._stopping = True
-        self._wake()
-
-    def _wake(self) -> None:
-        try:
-            self._wake_writer.send(b"x")
-        except OSError:
-            pass  # closed already
+        self._turn.ring()
 
     def close(self) -> None:
         """Close every socket; only after `run` has returned."""
@@ -266,7 +261,7 @@ class HttpServer:
     def abandon(self) -> None:
         """Close the descriptors and nothing else: in a forked child, where the connections are its parent's."""
         self._selector.close()
-        for sock in (*(c.sock for c in self._connections), self._listener, self._wake_reader, self._wake_writer):
+        for sock in (*(c.sock for c in self._connections), self._listener):
             sock.close()
 
     def step(self, wait_s: float) -> None:
@@ -274,8 +269,8 @@ class HttpServer:
         for key, _ in self._wait(wait_s):
             if key.fileobj is self._listener:
                 self._accept()
-            elif key.fileobj is self._wake_reader:
-                self._wake_reader.recv(16)
+            elif key.fileobj is self._turn:
+                self._turn.take()
                 if self._refusing:
                     self._stop_listening()
                     self._end_streams()

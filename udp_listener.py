@@ -177,9 +177,10 @@ class UdpListener:
         self._clock = clock
         self._wall_clock = wall_clock
         self._stopping = False
-        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._turn = WakeUp()  # to stop, and to catch up
         self._poll = select.poll()
-        for sock in (*sockets, self._wake_reader):
+        self._poll.register(self._turn, select.POLLIN)
+        for sock in sockets:
             self._poll.register(sock, select.POLLIN)
         # What a full receive buffer can hold at most: after so many datagrams, all that waited before has been taken.
         granted = [granted_receive_buffer(sock) * 2 for sock in sockets]
@@ -188,7 +189,6 @@ class UdpListener:
         self._taken_without_pause = 0
         self._pause_ended_at = clock()
         self._taking = False  # whether there may be datagrams that have left the socket and are not in the store yet
-        self._nap = WakeUp()
         # When `catch_up` was asked for last and the same once all that had arrived by then is taken, each replaced as a
         # whole by one thread; what ends its waiting; and a poll of its own, because two threads cannot wait on one.
         self._question = self._answered = (float("-inf"),)
@@ -224,7 +224,7 @@ class UdpListener:
                 counted, counted_from = 0, now
             # More than a batch is a socket that has been filling up meanwhile.
             if nap_s and taken < BATCH_DATAGRAMS and self._answered is self._question:
-                self._nap.wait(nap_s)
+                self._turn.wait(nap_s)
         deadline = self._clock() + STOP_DRAIN_S
         while self.step(0) and self._clock() < deadline:
             pass
@@ -244,7 +244,8 @@ class UdpListener:
         for fd, _ in ready:
             receiver = self._receivers.get(fd)
             if receiver is None:
-                continue  # woken up to stop
+                self._turn.take()
+                continue
             for _ in range(BATCHES_A_STEP):
                 self.moved_at = self._clock()
                 datagrams, addresses = receiver.receive()
@@ -273,7 +274,7 @@ class UdpListener:
         if self._has_taken_all() or self._stopping:
             return
         self._question = question = (self._clock(),)
-        self._nap.ring()
+        self._turn.ring()
         # Once more, because a listener that did not see the question yet may have gone to wait for what comes next.
         if self._has_taken_all():
             return
@@ -397,11 +398,7 @@ class UdpListener:
     def stop(self) -> None:
         """Make `run` take what waits and return; from any thread, twice is harmless."""
         self._stopping = True
-        self._nap.ring()
-        try:
-            self._wake_writer.send(b"x")
-        except OSError:
-            pass  # closed already
+        self._turn.ring()
 
     def close(self) -> None:
         """Close the sockets; only after `run` has returned."""
@@ -410,7 +407,7 @@ class UdpListener:
 
     def abandon(self) -> None:
         """Close the descriptors and nothing else, in a forked child."""
-        for sock in (*self._sockets.values(), self._wake_reader, self._wake_writer):
+        for sock in self._sockets.values():
             sock.close()
 
 

@@ -27,12 +27,20 @@ class WakeUp:
         for descriptor in self._descriptors:
             os.close(descriptor)
 
+    def fileno(self) -> int:
+        """What is readable once it has been rung, for one who waits for other things too, and then calls `take`."""
+        return self._reader
+
+    def take(self) -> None:
+        """Take the rings that there are, so that they end no further waiting."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 4096)
+
     def wait(self, timeout_s: float) -> bool:
         """Wait for so long, in whole milliseconds and at least one; returns whether `ring` ended it."""
         rung = bool(self._poll.poll(max(1, timeout_s * 1000)))
         if rung:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._reader, 4096)
+            self.take()
         return rung
 
     def ring(self) -> None:

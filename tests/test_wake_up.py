@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import unittest
 
@@ -30,6 +31,16 @@ class Waiting(unittest.TestCase):
         wake_up.ring()
         waiting.join()
         self.assertEqual(ended, [True])
+
+    def test_it_can_be_waited_for_together_with_other_things(self) -> None:
+        wake_up, poll = WakeUp(), select.poll()
+        poll.register(wake_up, select.POLLIN)
+        self.assertEqual(poll.poll(0), [])
+        wake_up.ring()
+        self.assertEqual(poll.poll(0), [(wake_up.fileno(), select.POLLIN)])
+        wake_up.take()
+        self.assertEqual(poll.poll(0), [])
+        wake_up.take()  # nothing is there, and nobody waits
 
     def test_ringing_never_waits(self) -> None:
         wake_up = WakeUp()
