@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine_state import FIELDS_JSON, split_held
-from state_store import LIVE, STALE, EngineView, Shown, age_ms
+from state_store import LIVE, STALE, EngineView, Shown, ages_ms
 
 CACHED_AGES = 65536
 
@@ -94,5 +94,4 @@ class EndsJson(dict[float, tuple[bytes, bool]]):
 
     def of(self, heard_at: float, shown_at: float) -> tuple[bytes, bool]:
         """The end for an engine that was heard from after the state shown was received."""
-        age = age_ms(self._now, heard_at)
-        return self._ages_json[age, max(age, age_ms(self._now, shown_at))]
+        return self._ages_json[ages_ms(self._now, heard_at, shown_at)]

@@ -218,6 +218,12 @@ def age_ms(now: float, then: float) -> int:
     return int((now - then) * 1000 + 1e-3) if then < now else 0
 
 
+def ages_ms(now: float, heard_at: float, shown_at: float) -> tuple[int, int]:
+    """`age_ms` and `state_age_ms` of an engine; the state shown is never younger than the engine's last sign."""
+    age = age_ms(now, heard_at)
+    return age, max(age, age_ms(now, shown_at))
+
+
 def _quoted(engine_id: str) -> bytes:
     return quote_json(engine_id).encode("utf-8", "surrogatepass")  # no engine that is known has a surrogate
 
@@ -462,9 +468,9 @@ class StateStore:
     def _view(self, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
         shown = engine.shown
-        age = age_ms(now, engine.heard_at)
-        status = LIVE if age <= self._stale_ms else STALE
-        return EngineView(engine.engine_id, status, age, max(age, age_ms(now, shown[2])), shown)
+        ages = ages_ms(now, engine.heard_at, shown[2])
+        status = LIVE if ages[0] <= self._stale_ms else STALE
+        return EngineView(engine.engine_id, status, *ages, shown)
 
 
 def _count(notice: OncePerMinute, engine_id: str) -> None:
