@@ -14,9 +14,8 @@ import sys
 import time
 
 UDP_SEGMENT = 103  # Linux; not in the socket module
-CLOCK = (
-    time.time_ns() // 1_000_000
-)  # where every engine's timestamps begin, 13 digits; later than another sender's ended
+# Where every engine's timestamps begin, 13 digits; later than another sender's ended.
+CLOCK = time.time_ns() // 1_000_000
 
 
 def templates(engines: int) -> list[tuple[bytes, bytes]]:
