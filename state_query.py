@@ -19,7 +19,7 @@ import state_metrics as metrics
 from engine_state import FIELDS_JSON, quote_json
 from state_entry import EndsJson, lasting_json, member_json
 from state_store import LIVE, STALE, Shown, StateStore
-from state_watch import MAX_READERS, Watch, WatchReader
+from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 
 JSON_TYPE = "application/json"
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
@@ -164,14 +164,20 @@ class Query:
             raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {LONGEST_INTERVAL_MS}")
         self._gateway.catch_up()
         reader = self._watch.open(
-            lambda: self._snapshot((LIVE, STALE), engine_ids).body, engine_ids, int(intervals[-1]), last_event_id
+            lambda: self._snapshot((LIVE, STALE), engine_ids, between=DATA_LINE).body,
+            engine_ids,
+            int(intervals[-1]),
+            last_event_id,
         )
         if reader is None:
             raise QueryError(503, f"/watch has its {MAX_READERS} readers already; /engines can be asked instead")
         return reader
 
-    def _snapshot(self, statuses: Container[str], engine_ids: Container[str] = ()) -> Answer:
-        """Every engine, joined from pieces: what has not changed since the last time is not written anew."""
+    def _snapshot(self, statuses: Container[str], engine_ids: Container[str] = (), *, between: bytes = b"") -> Answer:
+        """Every engine, joined from pieces: what has not changed since the last time is not written anew.
+
+        `between` is put before each engine and before the end, where JSON allows white space.
+        """
         head = self._gateway.about()
         now, rows = self._store.rows()
         ends, lasting = EndsJson(now, self._ages_json), self._lasting
@@ -185,15 +191,14 @@ class Query:
             end, live = ends[heard_at] if shown[2] == heard_at else ends.of(heard_at, shown[2])
             live_engines += live
             if (wants_live if live else wants_stale) and (not engine_ids or engine_id in engine_ids):
-                pieces.append(piece[1])
-                pieces.append(end)
+                pieces += (between, piece[1], end)
         if len(lasting) > len(rows):  # some are no more
             self._lasting = {engine_id: lasting[engine_id] for engine_id, *_ in rows}
         document = json.dumps({**head, "active_engines": live_engines, "total_engines": len(rows), "engines": {}})
         pieces[0] = document[:-2].encode()
         if len(pieces) > 1:
-            pieces[1] = pieces[1].removeprefix(b", ")
-        pieces.append(b"}}\n")
+            pieces[2] = pieces[2].removeprefix(b", ")
+        pieces += (between, b"}}\n")
         return Answer(200, b"".join(pieces))  # at once: each further copy of half a megabyte takes 0.3 ms
 
     def _one_engine(self, encoded: str) -> Answer:

@@ -28,8 +28,13 @@ STALE_AFTER_PAUSE_S = 0.1
 
 STATE, STALE, LIVE, REMOVED = b"state", b"stale", b"live", b"removed"
 
-_HELLO = b"retry: 1000\n\n"  # ms until a browser connects again
-_COMMENT = b": nothing happened\n\n"
+# An event's `data:` lines are one text. A snapshot has a line for each engine, because many readers bound the length
+# of a line: Go's bufio.Scanner takes 64 KiB, aiohttp 512 KiB.
+DATA_LINE = b"\ndata: "
+_HELLO = (
+    b"retry: 1000\n"  # ms until a browser connects again; a block of its own would be an empty event to some readers
+)
+_COMMENT = b": nothing happened\n"  # for the same reason without an empty line
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class Watch:
             number = self.next_number() if anew else event.number
             end, _ = ends.of(heard_at, shown[2])
             entry = lasting_json(quoted_id, shown) + end
-            text.append(b"id: %d\nevent: %b\ndata: %b\n\n" % (number, event.kind, entry))
+            text.append(b"id: %d\nevent: %b%b%b\n\n" % (number, event.kind, DATA_LINE, entry))
         self.events += len(text)
         return b"".join(text)
 
@@ -230,7 +235,7 @@ class WatchReader:
         self._wanted = wanted  # nothing = all
         self._min_interval_s = min_interval_s
         self._clock = clock
-        self._hello = _HELLO
+        self._hello = _HELLO  # goes with the first event
         self._needs_snapshot = False
         self._news: _News | None = None  # to be sent as it is
         self._waiting: dict[str, _Event] = {}  # by engine, in the order of their numbers
@@ -290,24 +295,26 @@ class WatchReader:
         now = self._clock()
         if text:
             self._sent_at = now
-        elif now - self._sent_at >= COMMENT_S:
+            hello, self._hello = self._hello, b""
+            return hello + text
+        if now - self._sent_at >= COMMENT_S:
             self._sent_at = now
             return _COMMENT
         return text
 
     def _next(self) -> bytes:
-        hello, self._hello = self._hello, b""
         if self._needs_snapshot:
             self._needs_snapshot = False
             self._watch.events += 1
             number = self._watch.next_number()
-            return b"%bid: %d\nevent: snapshot\ndata: %b\n\n" % (hello, number, self._snapshot().rstrip())
+            hello, self._hello = self._hello, b""
+            return b"%bid: %d\nevent: snapshot%b%b\n" % (hello, number, DATA_LINE, self._snapshot())
         if self._news is not None:
             news, self._news = self._news, None
-            return hello + self._watch.write_news(news)
+            return self._watch.write_news(news)
         if self._waiting:
-            return hello + (self._next_held() if self._min_interval_s else self._next_waiting())
-        return hello
+            return self._next_held() if self._min_interval_s else self._next_waiting()
+        return b""
 
     def _next_waiting(self) -> bytes:
         waiting = self._waiting

@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 from state_query import Query, QueryError
 from state_store import NEWS_KEPT_S, StateStore
 from state_watch import COMMENT_S, EVENTS_AT_A_TIME, MAX_READERS, REMOVED_KEPT, SHARED_S, Watch, WatchReader
+from tests.event_stream import EventStream, StreamEvent
 from tests.harness import DEADLINE_S, Daemon, FakeClock, ask, batch, daemon, datagram, heartbeat, wait_until
 from tests.test_query import AnyGateway
 
+MAX_LINE_BYTES = 16_000  # of the stream; the contract says 16 kB
+
 
 class Event(NamedTuple):
-    """One server-sent event."""
+    """One server-sent event of ours."""
 
     number: int
     kind: str
@@ -32,18 +35,16 @@ class Event(NamedTuple):
         return str(self.data["engine_id"])
 
 
-def parse_event(text: str) -> Event:
-    """An event from its lines, which must be exactly three."""
-    number, kind, data = text.split("\n")
-    assert number.startswith("id: ") and kind.startswith("event: ") and data.startswith("data: "), text
-    return Event(int(number[4:]), kind[7:], json.loads(data[6:]))
+def ours(event: StreamEvent) -> Event:
+    return Event(int(event.last_event_id), event.kind, json.loads(event.data))
 
 
 def parse(stream: bytes) -> list[Event]:
-    """Every event of a stream that ends with a whole one; comments and `retry:` are passed over."""
-    assert not stream or stream.endswith(b"\n\n"), stream[-200:]
-    blocks = stream.decode().split("\n\n")[:-1]
-    return [parse_event(block) for block in blocks if not block.startswith((":", "retry:"))]
+    """Every event of a stream, which ends with a whole one and has no empty blocks."""
+    parser = EventStream(MAX_LINE_BYTES)
+    events = parser.feed(stream)
+    assert parser.is_between_events and not parser.empty_blocks, stream[-200:]
+    return [ours(event) for event in events]
 
 
 class Table:
@@ -166,7 +167,7 @@ class Order(WatchCase):
         self.assertEqual(reader.read(), b"")
         self.move(1)
         comment = reader.read()
-        self.assertRegex(comment, rb"^:[^\n]*\n\n$")
+        self.assertRegex(comment, rb"^:[^\n]*\n$", "without an empty line, which some libraries take for an event")
         self.assertEqual(reader.read(), b"")
 
     def test_one_that_is_removed_and_comes_back_is_there_at_the_end(self) -> None:
@@ -188,6 +189,47 @@ class Order(WatchCase):
         self.assertEqual(self.kinds(self.read(reader, 0.003)), [("state", "a")])
         told = [event for _ in range(50) for event in self.kinds(self.read(reader, 0.003))]
         self.assertEqual(told, [("stale", "b")])
+
+    def test_the_first_event_and_no_other_says_when_to_come_back(self) -> None:
+        """In its own block: a block that is nothing but `retry:` is an event without data to some libraries."""
+        self.push("a")
+        reader = self.open()
+        self.assertTrue(reader.read().startswith(b"retry: 1000\nid: "))
+        self.push("a")
+        self.move(0.1)
+        text = reader.read()
+        self.assertTrue(text.startswith(b"id: "))
+        back = self.open(last_event_id=str(parse(text)[-1].number))
+        self.assertEqual(back.read(), b"")
+        self.push("a")
+        self.move(0.1)
+        self.assertTrue(back.read().startswith(b"retry: 1000\nid: "))
+
+    def test_a_snapshot_has_a_line_for_each_engine(self) -> None:
+        """So that a reader with a bound on lines reads a fleet of any size, and the lines are the one document."""
+        names = [f"http://172.17.0.{number}:8000" for number in range(200)]
+        self.push(*names)
+        text = self.open().read()
+        lines = [line for line in text.split(b"\n") if line.startswith(b"data: ")]
+        self.assertEqual(len(lines), 1 + len(names) + 1)
+        for name, line in zip(names, lines[1:], strict=False):
+            self.assertEqual(line.count(b'"engine_id"'), 1)
+            self.assertIn(name.encode(), line)
+        (event,) = parse(text)
+        self.assertEqual(list(event.data["engines"]), names)
+        answer = self.query.answer("/engines")
+        self.assertEqual(event.data, json.loads(answer.body))  # type: ignore[union-attr]
+        self.assertEqual(answer.body.count(b"\n"), 1)  # type: ignore[union-attr]
+
+    def test_no_line_is_longer_than_16_kb_whatever_engines_are_called(self) -> None:
+        for character in "x", '"', "\\", "\u00e9", "\u5f15", "\U0001f600":
+            with self.subTest(character):
+                self.push(character * 256, scheduling_mode=character * 64, latency_pred_ms=1.7976931348623157e308)
+                reader = self.open()
+                (event,) = parse(reader.read())  # which has the bound
+                self.assertIn(character * 256, event.data["engines"])
+                self.push(character * 256)
+                self.assertEqual(self.kinds(self.read(reader)), [("state", character * 256)])
 
     def test_a_hostile_name_breaks_no_line(self) -> None:
         reader = self.watching()
@@ -500,26 +542,20 @@ class Stream:
         self.sock.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n{resume}\r\n".encode())
         self.response = http.client.HTTPResponse(self.sock)
         self.response.begin()
+        self.parser = EventStream(MAX_LINE_BYTES)
         self.last = 0
 
     def events(self) -> Iterator[Event]:
         """Events as they come, until the stream ends; fails where none has come for longer than DEADLINE_S."""
         deadline = time.monotonic() + DEADLINE_S
-        lines: list[str] = []
         while line := self.response.readline():
-            text = line.decode().rstrip("\n")
-            if text:
-                lines.append(text)
-                continue
-            if not lines[0].startswith((":", "retry:")):
-                event = parse_event("\n".join(lines))
+            for event in map(ours, self.parser.feed(line)):
                 assert event.number > self.last, "numbers only grow"
                 self.last = event.number
                 yield event
                 deadline = time.monotonic() + DEADLINE_S
-            elif time.monotonic() > deadline:  # comments keep coming
+            if time.monotonic() > deadline:  # comments keep coming
                 raise AssertionError(f"waited {DEADLINE_S:.0f} s for an event in vain")
-            lines = []
 
     def wait_for(self, kind: str, engine_id: str) -> Event:
         """The next event of that kind and engine."""
