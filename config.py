@@ -55,6 +55,7 @@ class Config:
     history: int
     allowed_sources: tuple[Network, ...]  # empty = all
     receive_buffer: int
+    http_idle_timeout_s: int
     stats_interval_s: int
     log_level: str
     http_follows_udp: bool  # HTTP_PORT was not set: the same number as the UDP port that is really bound
@@ -192,6 +193,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("RECEIVE_BUFFER", "receive_buffer", "8388608",
             "a whole number of bytes from 1 to 1073741823",
             "bytes of kernel receive buffer asked for; what was granted is reported", _whole_number(1, 2**30 - 1)),
+    Setting("HTTP_IDLE_TIMEOUT", "http_idle_timeout_s", "650",
+            "a whole number of seconds from 1 to 86400",
+            "seconds for which an idle HTTP connection is kept: longer than balancers keep theirs, so that they close"
+            " first", _whole_number(1, 86_400)),
     Setting("STATS_INTERVAL", "stats_interval_s", "60",
             "a whole number of seconds from 0 to 86400",
             "seconds between summary lines in the daemon's own log; 0 = none", _whole_number(0, 86_400)),

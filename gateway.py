@@ -195,7 +195,13 @@ class StateGateway:
             parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
         if http_socket is not None:
             query = Query(self._store, self, self._watch)
-            self._http = HttpServer(http_socket, query.answer, clock=self._clock, wall_clock=self._wall_clock)
+            self._http = HttpServer(
+                http_socket,
+                query.answer,
+                idle_timeout_s=config.http_idle_timeout_s,
+                clock=self._clock,
+                wall_clock=self._wall_clock,
+            )
             parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
         self._parts = parts
 

@@ -35,7 +35,6 @@ RESERVE_CONNECTIONS = 32  # beyond those, for /livez, /health and /readyz only; 
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # of answers that slow readers have not read yet
 REQUEST_DEADLINE_S = 10.0  # from the first byte of a request to its last, or from connecting to the first
 RESPONSE_DEADLINE_S = 30.0  # from the answer to the last byte that the reader took
-IDLE_DEADLINE_S = 75.0  # between two requests on a connection; more than Prometheus' usual minute
 LINGER_S = 1.0  # for a refused request's bytes, so that the reader sees the answer and no reset
 TICK_S = 0.2
 TURN_S = 0.05  # of answering, before it is looked who else has come
@@ -195,11 +194,13 @@ class HttpServer:
         answer: Callable[[str, str], Answer | Stream],
         *,
         max_connections: int | None = None,
+        idle_timeout_s: float = 650.0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._listener = listener
         self._answer_target = answer
+        self._idle_timeout_s = idle_timeout_s  # between two requests on a connection
         self._max_connections = max_connections or _connections_that_fit()
         self._clock = clock
         self._wall_clock = wall_clock
@@ -585,7 +586,7 @@ class HttpServer:
             connection.deadline = float("inf")
         elif connection.keep_alive and not self._stopping:
             connection.phase = _READING if connection.received else _IDLE
-            connection.deadline = now + (REQUEST_DEADLINE_S if connection.received else IDLE_DEADLINE_S)
+            connection.deadline = now + (REQUEST_DEADLINE_S if connection.received else self._idle_timeout_s)
         else:
             # Closing with bytes unread would reset the connection and could take the answer from the reader.
             connection.phase = _LINGERING

@@ -44,6 +44,7 @@ class Defaults(unittest.TestCase):
                 history=100,
                 allowed_sources=(),
                 receive_buffer=8388608,
+                http_idle_timeout_s=650,
                 stats_interval_s=60,
                 log_level="INFO",
                 http_follows_udp=True,
@@ -85,7 +86,7 @@ ACCEPTED: tuple[tuple[str, str, str, object], ...] = (
 
 NUMBERS = (
     "UDP_PORT", "STALE_THRESHOLD", "EXPIRE_AFTER", "HTTP_PORT", "LOG_MAX_BYTES", "LOG_BACKUPS", "MAX_ENGINES",
-    "HISTORY", "RECEIVE_BUFFER", "STATS_INTERVAL",
+    "HISTORY", "RECEIVE_BUFFER", "HTTP_IDLE_TIMEOUT", "STATS_INTERVAL",
 )  # fmt: skip
 
 REFUSED: tuple[tuple[str, str], ...] = (
@@ -100,6 +101,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
     ("STALE_THRESHOLD", "0"),
     ("MAX_ENGINES", "0"),
     ("RECEIVE_BUFFER", "0"),
+    ("HTTP_IDLE_TIMEOUT", "0"),
     ("RECEIVE_BUFFER", str(2**30)),
     *(("NETWORK_MODE", value) for value in ("", "unicst", "multicast", "unicast ")),
     *(("BIND_ADDRESS", value) for value in ("", "localhost", "0.0.0", "256.0.0.1", "１.0.0.1", "[::]", "0.0.0.0:9999")),

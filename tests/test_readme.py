@@ -124,7 +124,7 @@ class BothLanguages(unittest.TestCase):
                 [http_server.MAX_HEAD_BYTES, http_server.MAX_HEADERS],
                 [http_server.REQUEST_DEADLINE_S],
                 [http_server.RESPONSE_DEADLINE_S],
-                [http_server.IDLE_DEADLINE_S],
+                [read_config({}).http_idle_timeout_s],
                 [state_watch.MAX_READERS],
                 [http_server.MAX_UNSENT_BYTES >> 20],
                 [daemon_log.QUEUED_LINES],
