@@ -407,6 +407,7 @@ class StateGateway:
             "total_received": tally.received,
             "valid_states": tally.valid_states,
             "invalid_states": tally.invalid_states,
+            "valid_rate": tally.valid_states / tally.received if tally.received else 0.0,
             "unicast_received": tally.received if mode == UNICAST else 0,
             "broadcast_received": tally.received if mode == BROADCAST else 0,
             "heartbeats": tally.heartbeats,

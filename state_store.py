@@ -166,10 +166,22 @@ _LINE_END = ord("\n")
 class _Engine:
     """What is held of one engine. Written under the store's lock only."""
 
-    __slots__ = ("engine_id", "heard_at", "last", "newest", "packed", "quoted_id", "recent", "said_stale", "shown")
+    __slots__ = (
+        "engine_id",
+        "heard_at",
+        "last",
+        "load",
+        "newest",
+        "packed",
+        "quoted_id",
+        "recent",
+        "said_stale",
+        "shown",
+    )
 
     heard_at: float  # monotonic, when the last datagram was taken from it
     last: HeldState  # the last datagram taken from it
+    load: HeldState | None  # the newest that is no heartbeat; None: there is none since it restarted or came back
     newest: HeldState  # the one with the newest timestamp_ms since it last restarted
     shown: Shown
 
@@ -178,6 +190,7 @@ class _Engine:
         self.engine_id = unquote_json(quoted_id)
         self.heard_at = float("-inf")  # until the datagram is taken that it appears with
         self.last = self.newest = shown[0]
+        self.load = None
         self.shown = shown
         self.packed: list[bytes] = []  # its history, _PACKED states each, the oldest first
         self.recent: list[HeldState] = []  # what follows in its history, fewer than _PACKED states
@@ -297,24 +310,32 @@ class StateStore:
                     heard[quoted_id] = heard.get(quoted_id, 0) + 1
                 live = engine.heard_at > live_since
                 engine.heard_at = now
-                if live:
-                    newest = engine.newest
-                    # What is newer than all before is neither. Digits are compared as they came, where both stamps have
-                    # as many: making numbers of them takes a tenth of this loop.
-                    if not (stamp > newest and newest[len(stamp)] == _LINE_END):
-                        if is_same(held, engine.last):
-                            outcomes.append(DUPLICATE)
-                            continue
-                        # Lower by more than the threshold is an engine that restarted, or whose clock was set.
-                        if 0 < timestamp_ms(newest) - int(stamp) <= stale_ms:
+                newest = held
+                if not live:
+                    engine.load = None
+                    if engine.said_stale:
+                        engine.said_stale = False
+                        _count(self._returned, engine.engine_id)
+                # What is newer than all before is none of the following. Digits are compared as they came, if both
+                # stamps have as many: making numbers of them takes a tenth of this loop.
+                elif not (stamp > engine.newest and engine.newest[len(stamp)] == _LINE_END):
+                    if is_same(held, engine.last):
+                        outcomes.append(DUPLICATE)
+                        continue
+                    behind_ms = timestamp_ms(engine.newest) - int(stamp)
+                    if behind_ms > stale_ms:  # an engine that restarted, or whose clock was set
+                        engine.load = None
+                    elif behind_ms > 0:
+                        if heartbeat or (engine.load is not None and timestamp_ms(engine.load) >= int(stamp)):
                             engine.last = held
                             outcomes.append(OUT_OF_ORDER)
                             continue
-                elif engine.said_stale:
-                    engine.said_stale = False
-                    _count(self._returned, engine.engine_id)
-                engine.last = engine.newest = held
-                if heartbeat:
+                        newest = engine.newest  # only heartbeats overtook this load, and it is newer than what is shown
+                engine.last = held
+                engine.newest = newest
+                if not heartbeat:
+                    engine.load = held
+                else:
                     _, shows_heartbeat, shown_at, _ = engine.shown
                     if not shows_heartbeat and now - shown_at < stale_s:
                         # Its placeholders would make a busy engine look idle: the load state stays in the table.

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import compress
-from operator import itemgetter
+from typing import cast
 
 from config import BROADCAST, PREFIX, Network
 from daemon_log import OncePerMinute
@@ -24,9 +24,9 @@ from engine_state import (
     FIELDS_JSON,
     Fields,
     InvalidDatagram,
+    match_all_canonical,
     parse_datagram,
     quote_json,
-    recognise_usual,
     unquote_json,
 )
 from state_log import StateLog
@@ -54,7 +54,6 @@ SMALLEST_CHARGE = 512  # bytes of receive buffer that the kernel charges for the
 LARGEST_CHARGE = 17_408  # the same for the largest that is taken
 
 _REFUSED = b""  # what stands for the source of a sender that is not in ALLOWED_SOURCES
-_quoted_id = itemgetter(0)  # of the fields of a state; nothing where they were not recognised
 
 _SO_RCVBUFFORCE = 33  # Linux; not in the socket module
 _SO_MEMINFO = 55
@@ -303,17 +302,18 @@ class UdpListener:
         sources = [known[address] for address in addresses]
         if _REFUSED in sources:
             datagrams, sources = self._without_refused(batch, datagrams, addresses)
-        states = recognise_usual(datagrams)
-        texts = datagrams
-        if not all(map(_quoted_id, states)):
-            states, texts, sources = self._parse(batch, states, datagrams, sources)
-        batch.states, batch.sources = states, sources
+        matched = match_all_canonical(datagrams)
+        if None in matched:
+            batch.states, texts, batch.sources = self._parse(batch, matched, datagrams, sources)
+        else:
+            batch.states, texts, batch.sources = cast("list[Fields]", matched), datagrams, sources
         outcomes = self._store.take(batch)
         if self._log is not None:
+            logged_sources = batch.sources
             if outcomes.count(ACCEPTED) < len(outcomes):
                 kept = [outcome is not DUPLICATE and outcome is not REJECTED_CAPACITY for outcome in outcomes]
-                texts, sources = list(compress(texts, kept)), list(compress(sources, kept))
-            self._log.append(batch.received_s, texts, sources)
+                texts, logged_sources = list(compress(texts, kept)), list(compress(batch.sources, kept))
+            self._log.append(batch.received_s, texts, logged_sources)
         self._note(batch, outcomes)
 
     def _without_refused(
@@ -336,14 +336,14 @@ class UdpListener:
         return taken, sources
 
     def _parse(
-        self, batch: Batch, usual: list[Fields], datagrams: list[bytes], sources: list[bytes]
+        self, batch: Batch, matched: Sequence[Fields | None], datagrams: list[bytes], sources: list[bytes]
     ) -> tuple[list[Fields], list[bytes], list[bytes]]:
-        """Parse the datagrams that are not usual; the valid states, each as its log line has it, and their sources."""
+        """Parse what is not canonical; returns the valid states, each as its log line has it too, and their sources."""
         states, texts, valid_sources = [], [], []
         debug = logger.isEnabledFor(logging.DEBUG)
-        for recognised, datagram, source in zip(usual, datagrams, sources, strict=True):
-            fields, text = recognised, datagram
-            if not _quoted_id(recognised):
+        for canonical, datagram, source in zip(matched, datagrams, sources, strict=True):
+            fields, text = canonical, datagram
+            if fields is None:
                 try:
                     fields = parse_datagram(datagram).fields()
                 except InvalidDatagram as error:
@@ -413,7 +413,7 @@ class UdpListener:
 
 def _who(batch: Batch, number: int) -> str:
     """The engine and the source of a state of a batch."""
-    return f"engine_id={unquote_json(_quoted_id(batch.states[number]))!r} source={unquote_json(batch.sources[number])}"
+    return f"engine_id={unquote_json(batch.states[number][0])!r} source={unquote_json(batch.sources[number])}"
 
 
 def granted_receive_buffer(sock: socket.socket) -> int:

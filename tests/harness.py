@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_state import parse_datagram, recognise_usual
+from engine_state import match_canonical, parse_datagram
 from state_store import Batch
 
 TOP = Path(__file__).resolve().parent.parent
@@ -62,12 +62,9 @@ def heartbeat(**changes: Any) -> bytes:
     return datagram(**{**PLACEHOLDERS, **changes})
 
 
-def batch(at: float, wall_s: float, *datagrams: bytes, usual: bool = True, source: str = "10.0.0.1:5000") -> Batch:
-    """Valid datagrams as the listener hands them on: as what they were recognised to be, or, if not `usual`, parsed."""
-    states = recognise_usual(datagrams)
-    for number, one in enumerate(datagrams):
-        if not (usual and states[number][0]):
-            states[number] = parse_datagram(one).fields()
+def batch(at: float, wall_s: float, *datagrams: bytes, canonical: bool = True, source: str = "10.0.0.1:5000") -> Batch:
+    """Valid datagrams as the listener hands them on: matched as canonical ones, or, if not `canonical`, parsed."""
+    states = [(match_canonical(one) if canonical else None) or parse_datagram(one).fields() for one in datagrams]
     return Batch(at, wall_s, states, [json.dumps(source).encode()] * len(states))
 
 

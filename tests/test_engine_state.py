@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
+import math
+import random
+import sys
+import time
 import unittest
+from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
-import engine_state
 from engine_state import (
     FIELDS,
     FIELDS_JSON,
@@ -16,9 +22,9 @@ from engine_state import (
     REASONS,
     InvalidDatagram,
     is_heartbeat,
+    match_canonical,
     parse_datagram,
     quote_json,
-    recognise_usual,
     unquote_json,
 )
 from tests.harness import CAPTURED, GUIDE_EXAMPLE, PLACEHOLDERS, datagram, fields
@@ -39,6 +45,22 @@ def padded(size: int) -> bytes:
     return datagram(filler="x" * (size - bare))
 
 
+def twice(field: str) -> list[bytes]:
+    """A state with `field` given twice: with one value and with two, the second first, its name escaped, compact."""
+    one = datagram()
+    again = json.dumps({field: GUIDE_EXAMPLE[field]}).encode()[1:-1]
+    other = json.dumps({field: "another"}).encode()[1:-1]
+    escaped = again.replace(b'"' + field[:1].encode(), b'"\\u%04x' % ord(field[0]), 1)
+    return [
+        one[:-1] + b", " + again + b"}",
+        one[:-1] + b", " + other + b"}",
+        b"{" + other + b", " + one[1:],
+        one[:-1] + b", " + escaped + b"}",
+        (one[:-1] + b", " + again + b"}").replace(b" ", b""),
+        one.replace(again, again + b", " + again),
+    ]
+
+
 INTEGERS = ("timestamp_ms", "pending_tokens_total", "kv_cache_free_blocks", "kv_cache_total_blocks")
 NUMBERS = ("latency_pred_ms", "engine_capacity")
 TEXTS = ("engine_id", "scheduling_mode")
@@ -52,6 +74,9 @@ VALID: dict[str, bytes] = {
     "an unknown integer of 5000 digits": raw("newer", "7" * 5000),
     "an unknown field nested deep": raw("newer", "[" * (MAX_NESTING - 1) + "]" * (MAX_NESTING - 1)),
     "brackets in a string are no nesting": datagram(newer='["{' * 1000),
+    "a name twice, but not at the top": raw("newer", '{"a": 1, "a": 2, "engine_id": [{"b": 1, "b": 1}]}'),
+    "NaN in the text of an unknown field": datagram(newer="NaN and -Infinity"),
+    "an unknown field beyond all numbers": raw("newer", "1e999"),
     "an unknown field with a lone surrogate": raw("newer", r'"\ud800"'),
     "fields in another order": json.dumps(dict(reversed(GUIDE_EXAMPLE.items()))).encode(),
     "escaped text": raw("engine_id", r'"\u0068ttp:\/\/a"'),
@@ -86,6 +111,18 @@ INVALID: dict[str, tuple[str, bytes]] = {
     "a string": ("not_an_object", b'"engine_id"'),
     "a number": ("not_an_object", b"7"),
     "an empty object": ("missing_field", b"{}"),
+    "white space and a cut state": ("not_json", b" \n" + datagram()[:-1] + b" \n"),
+    "a word that begins as JSON does": ("not_json", b"nginx.requests_total"),
+    "a number and more": ("not_json", b"1:2|c0"),
+    "a word of JSON's": ("not_an_object", b" true\n"),
+    "an infinity": ("not_json", b"Infinity"),
+    "-Infinity": ("not_json", b"-Infinity"),
+    **{f"{name} twice, {at}": ("duplicate_field", one) for name in FIELDS for at, one in enumerate(twice(name))},
+    "an unknown field twice": ("duplicate_field", datagram()[:-1] + b', "newer": 1, "newer": 1}'),
+    "an unknown field twice, once escaped": ("duplicate_field", datagram()[:-1] + b', "newer": 1, "new\\u0065r": 2}'),
+    "an empty name twice": ("duplicate_field", datagram()[:-1] + b', "": 1, "": 2}'),
+    "a field twice and the others missing": ("duplicate_field", b'{"engine_id": "a", "engine_id": "a"}'),
+    "a field twice, once NaN": ("duplicate_field", datagram()[:-1] + b', "engine_capacity": NaN}'),
     "invalid UTF-8": ("not_utf8", datagram().replace(b"test", b"te\xffst")),
     "an overlong encoding": ("not_utf8", datagram().replace(b"test", b"te\xc0\xafst")),
     "a surrogate in UTF-8": ("not_utf8", datagram().replace(b"test", b"te\xed\xa0\x80st")),
@@ -166,6 +203,12 @@ class Validity(unittest.TestCase):
     def test_every_reason_is_met_and_explained(self) -> None:
         self.assertEqual({reason for reason, _ in INVALID.values()}, set(REASONS))
 
+    def test_the_refusal_names_a_known_field_that_is_given_twice_and_no_other_text(self) -> None:
+        for name, expected in (("engine_id", "engine_id"), ("newer\n", None)):
+            with self.subTest(name), self.assertRaises(InvalidDatagram) as refused:
+                parse_datagram(datagram()[:-1] + b", %b: 1, %b: 2}" % ((json.dumps(name).encode(),) * 2))
+            self.assertEqual(refused.exception.field, expected)
+
     def test_the_refusal_names_the_field(self) -> None:
         for name in FIELDS:
             with self.subTest(name), self.assertRaises(InvalidDatagram) as refused:
@@ -188,14 +231,97 @@ class Validity(unittest.TestCase):
         )
 
 
+TOKENS = (
+    b" ", b"\n", b"\x00", b"\x7f", b"a", b"_", b"7", b"-", b"+", b".", b"e", b'"', b"\\", b"/", b":", b",",
+    b"[", b"]", b"{", b"}", b"[]", b"{}", b'""', b"[[]],", b'{"a":0},', b'{"a":{}},', b'"":0,', b'\\"', b"\\\\",
+    b"\\u0041", b"\\ud800", b"0,", b"0.1,", b"1e-400,", b"9e307,", b"null,", b"NaN,", b"-Infinity,", b"\xff",
+    "\u00e9".encode(), "\U0001f600".encode(),
+)  # fmt: skip
+VALUES = (
+    b"%b", b'"%b', b'"%b"', b"[%b0]", b'{"a":%b0}', b"[" * MAX_NESTING + b"%b", b'["' + b"[" * MAX_NESTING + b'",%b',
+)  # fmt: skip
+
+
+def families() -> Iterator[tuple[bytes, Callable[[int], bytes]]]:
+    """What strangers may send, as functions of the size: each token again and again, in each place where it may be."""
+    rng = random.Random(12)
+    pairs = [b"".join(rng.sample(TOKENS, rng.randint(2, 3))) for _ in range(60)]
+    for token in (*TOKENS, *pairs, b"9" * 4300 + b",", b"0." + b"3" * 1000 + b","):
+        for value in VALUES:
+            for frame in (b"%b", datagram()[:-1] + b', "newer": %b}'):
+                around = frame.replace(b"%b", value)
+                yield around.replace(b"%b", token[:20]), functools.partial(repeated, around, token)
+
+
+def repeated(around: bytes, token: bytes, size: int) -> bytes:
+    """So many bytes of it."""
+    return around.replace(b"%b", token * max(1, (size - len(around)) // len(token)))[:size]
+
+
+def cpu_time(one: bytes) -> float:
+    """Seconds of this thread that the parser takes for a datagram, the shortest of some turns."""
+    shortest = math.inf
+    for _ in range(3):
+        started = time.thread_time_ns()
+        for _ in range(4):
+            with contextlib.suppress(InvalidDatagram):
+                match_canonical(one)
+                parse_datagram(one)
+        shortest = min(shortest, (time.thread_time_ns() - started) / 4e9)
+    return shortest
+
+
+class Cost(unittest.TestCase):
+    """Nothing that a stranger sends takes more than linear time, or many times as long as a usual state a byte."""
+
+    def steps(self, one: bytes) -> int:
+        """How many calls, of Python and of C, the parser makes for a datagram."""
+        calls = itertools.count()
+
+        def count(_frame: object, event: str, _argument: object) -> None:
+            if event in ("call", "c_call"):
+                next(calls)
+
+        sys.setprofile(count)
+        try:
+            with contextlib.suppress(InvalidDatagram):
+                parse_datagram(one)
+        finally:
+            sys.setprofile(None)
+        return next(calls)
+
+    def test_the_parser_takes_no_more_steps_for_what_is_large(self) -> None:
+        for name, made in families():
+            small, large = self.steps(made(2048)), self.steps(made(MAX_DATAGRAM_BYTES))
+            self.assertLess(large, 100, name)
+            self.assertLessEqual(large, small + 60, name)
+
+    def test_four_times_the_bytes_take_no_more_than_linear_time(self) -> None:
+        usual_s = cpu_time(datagram()) / len(datagram())
+
+        def wrong(made: Callable[[int], bytes]) -> bool:
+            small, large = cpu_time(made(2048)), cpu_time(made(MAX_DATAGRAM_BYTES))
+            # What is refused at its first or last byte takes next to nothing; a small one may be, and a large one not.
+            return large > 10 * max(small, usual_s * 2048) or large > 10 * usual_s * MAX_DATAGRAM_BYTES
+
+        for name, made in families():
+            # A machine that is busy makes one measurement wrong, but not three.
+            self.assertFalse(all(wrong(made) for _ in range(3)), name)
+
+    def test_what_is_dearest_is_known(self) -> None:
+        """Each of these took 30 to 600 times as long a byte as a usual state, in one way of counting or another."""
+        for one in (b"[]" * 4096, b"[" + b'{"a":0},' * 1000 + b"0]", b'"' * 8192, b"[" * 501 + b'"' + b'\\"' * 3840):
+            self.assertLess(self.steps(one), 40, one[:20])
+
+
 class Heartbeats(unittest.TestCase):
     """A heartbeat is a state whose five load fields are all placeholders, and nothing else is."""
 
     def assert_heartbeat(self, one: bytes, expected: bool) -> None:
         self.assertIs(is_heartbeat(parse_datagram(one).fields()), expected)
-        (usual,) = recognise_usual([one])
-        if usual[0]:
-            self.assertIs(is_heartbeat(usual), expected)
+        matched = match_canonical(one)
+        if matched is not None:
+            self.assertIs(is_heartbeat(matched), expected)
 
     def test_all_five_placeholders_are_a_heartbeat(self) -> None:
         self.assert_heartbeat(datagram(**PLACEHOLDERS), True)
@@ -213,19 +339,6 @@ class Heartbeats(unittest.TestCase):
 
     def test_an_idle_engine_that_knows_its_capacity_is_no_heartbeat(self) -> None:
         self.assert_heartbeat(datagram(**{**PLACEHOLDERS, "engine_capacity": 59768.27}), False)
-
-
-class Usual(unittest.TestCase):
-    """What is recognised without being parsed; test_fuzz holds it and the parser together."""
-
-    def test_junk_is_not_looked_at_for_long(self) -> None:
-        """A batch of the largest junk, made of what is put between datagrams, beside a usual one."""
-        usual = datagram()
-        for junk in (b"\xff" * MAX_DATAGRAM_BYTES, b"x" * MAX_DATAGRAM_BYTES, usual + b"\xff" * 8000, usual * 30):
-            with mock.patch("engine_state._USUAL", wraps=engine_state._USUAL) as looked:
-                found = recognise_usual([junk] * 127 + [usual])
-            self.assertEqual([bool(fields[0]) for fields in found], [False] * 127 + [True])
-            self.assertLess(sum(len(call.args[0]) for call in looked.findall.call_args_list), 2 * len(usual))
 
 
 class Json(unittest.TestCase):

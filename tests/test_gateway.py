@@ -98,6 +98,7 @@ class Statistics(GatewayCase):
             "total_received": 8,
             "valid_states": 5,
             "invalid_states": 2,
+            "valid_rate": 5 / 8,
             "unicast_received": 8,
             "broadcast_received": 0,
             "heartbeats": 1,

@@ -18,7 +18,7 @@ WALL_S = 1_755_532_567.5
 
 
 class StoreCase(unittest.TestCase):
-    recognise = False  # every test here runs twice: see the end of this file
+    canonical = False  # every test here runs twice: see the end of this file
 
     def setUp(self) -> None:
         self.clock = FakeClock()
@@ -28,8 +28,8 @@ class StoreCase(unittest.TestCase):
         return StateStore(STALE_MS, EXPIRE_MS, max_engines, history, clock=self.clock)
 
     def batch(self, *datagrams: bytes) -> Batch:
-        """Valid datagrams that arrive now, as what they were recognised to be, or parsed."""
-        return batch(self.clock(), WALL_S + self.clock(), *datagrams, usual=self.recognise)
+        """Valid datagrams that arrive now, matched as canonical ones, or parsed."""
+        return batch(self.clock(), WALL_S + self.clock(), *datagrams, canonical=self.canonical)
 
     def send(self, store: StateStore | None = None, **changes: Any) -> str:
         """Take one datagram now; returns its outcome."""
@@ -166,6 +166,72 @@ class OrderAndRestarts(StoreCase):
         self.send(timestamp_ms=10_000)
         self.assertEqual(self.beat(timestamp_ms=9_900), "out_of_order")
         self.assertEqual(self.store.tally().heartbeats, 0)
+
+
+class LateLoad(StoreCase):
+    """A load state that only heartbeats overtook on the way is newer load than what is shown, and is shown."""
+
+    def pending(self) -> int:
+        return self.view().state.pending_tokens_total
+
+    def test_a_push_and_a_heartbeat_that_swapped_places(self) -> None:
+        self.send(timestamp_ms=10_000, pending_tokens_total=1)
+        self.clock.move(0.2)
+        self.assertEqual(self.beat(timestamp_ms=10_201), "heartbeat")
+        self.assertEqual(self.send(timestamp_ms=10_200, pending_tokens_total=2), "accepted")
+        self.assertEqual((self.pending(), self.view().state_age_ms), (2, 0))
+        self.assertEqual([past.pending_tokens_total for past, _ in self.store.history("test") or []], [1, 2])
+
+    def test_several_pushes_behind_one_heartbeat_are_in_order_among_themselves(self) -> None:
+        self.send(timestamp_ms=10_000, pending_tokens_total=1)
+        self.beat(timestamp_ms=10_900)
+        outcomes = [self.send(timestamp_ms=stamp, pending_tokens_total=stamp) for stamp in (10_400, 10_200, 10_600)]
+        self.assertEqual(outcomes, ["accepted", "out_of_order", "accepted"])
+        self.assertEqual(self.pending(), 10_600)
+
+    def test_the_same_again_is_a_duplicate(self) -> None:
+        self.beat(timestamp_ms=10_001)
+        self.assertEqual([self.send(timestamp_ms=10_000) for _ in range(3)], ["accepted", "duplicate", "duplicate"])
+
+    def test_a_load_that_is_no_newer_than_the_one_shown_stays_late(self) -> None:
+        self.send(timestamp_ms=10_000, pending_tokens_total=1)
+        self.beat(timestamp_ms=10_500)
+        for stamp in (10_000, 9_999, 8_600):
+            self.assertEqual(self.send(timestamp_ms=stamp, pending_tokens_total=2), "out_of_order")
+        self.assertEqual(self.pending(), 1)
+
+    def test_a_load_state_that_a_load_state_overtook_stays_late(self) -> None:
+        self.send(timestamp_ms=10_500)
+        self.beat(timestamp_ms=10_600)
+        self.assertEqual(self.send(timestamp_ms=10_400), "out_of_order")
+
+    def test_order_among_heartbeats_is_as_before(self) -> None:
+        self.send(timestamp_ms=10_000)
+        self.beat(timestamp_ms=10_500)
+        self.send(timestamp_ms=10_400)
+        self.assertEqual(self.beat(timestamp_ms=10_450), "out_of_order")
+        self.assertEqual(self.beat(timestamp_ms=10_550), "heartbeat")
+
+    def test_after_heartbeats_only_the_first_load_is_shown_though_it_is_late(self) -> None:
+        self.beat(timestamp_ms=10_000)
+        self.assertEqual(self.send(timestamp_ms=9_999), "accepted")
+        self.assertFalse(self.view().heartbeat)
+
+    def test_what_was_shown_before_a_restart_or_a_silence_does_not_count(self) -> None:
+        for silence_s in (0.0, 2.1):
+            with self.subTest(silence_s=silence_s):
+                engine_id = f"after {silence_s}"
+                self.send(engine_id=engine_id, timestamp_ms=3_600_000)
+                self.clock.move(silence_s)
+                self.beat(engine_id=engine_id, timestamp_ms=1_001)
+                self.assertEqual(self.send(engine_id=engine_id, timestamp_ms=1_000), "accepted")
+                self.assertEqual(self.view(engine_id).state.timestamp_ms, 1_000)
+
+    def test_behind_by_more_than_the_threshold_is_a_restart_as_ever(self) -> None:
+        self.send(timestamp_ms=10_000)
+        self.beat(timestamp_ms=13_000)
+        self.assertEqual(self.send(timestamp_ms=10_999), "accepted")
+        self.assertEqual(self.send(timestamp_ms=10_998), "out_of_order")
 
 
 class HeartbeatRule(StoreCase):
@@ -472,9 +538,9 @@ class Names(StoreCase):
 
 
 class Mixed(StoreCase):
-    """A usual datagram and a parsed one are the same state."""
+    """A canonical datagram and a parsed one are the same state."""
 
-    recognise = True
+    canonical = True
 
     def test_the_same_state_written_in_another_way_is_a_duplicate(self) -> None:
         self.assertEqual(self.send(latency_pred_ms=100.0), "accepted")
@@ -493,9 +559,20 @@ class Mixed(StoreCase):
         self.assertEqual(self.view().state, parse_datagram(datagram(latency_pred_ms=16.11793779048644)))
 
 
-for _case in (Accepted, Duplicates, OrderAndRestarts, HeartbeatRule, Capacity, Life, History, Counters, Names):
+for _case in (
+    Accepted,
+    Duplicates,
+    OrderAndRestarts,
+    LateLoad,
+    HeartbeatRule,
+    Capacity,
+    Life,
+    History,
+    Counters,
+    Names,
+):
     _name = f"{_case.__name__}OfUsualDatagrams"
-    globals()[_name] = type(_name, (_case,), {"recognise": True, "__doc__": _case.__doc__, "__module__": __name__})
+    globals()[_name] = type(_name, (_case,), {"canonical": True, "__doc__": _case.__doc__, "__module__": __name__})
 
 
 if __name__ == "__main__":
