@@ -49,6 +49,7 @@ _HEALTH_REQUESTS = tuple(f"{method} {path}".encode() for method in ("GET", "HEAD
 
 REASON_PHRASES = {
     200: "OK",
+    204: "No Content",
     400: "Bad Request",
     404: "Not Found",
     405: "Method Not Allowed",
@@ -548,7 +549,7 @@ class HttpServer:
             f"HTTP/1.1 {status} {REASON_PHRASES[status]}",
             f"Content-Type: {content_type}",
             f"Date: {self._date[1]}",
-            "Cache-Control: no-store",
+            "Cache-Control: no-store, no-transform",
             "X-Content-Type-Options: nosniff",
             *lines,
         )

@@ -1,6 +1,6 @@
 """What each path of the query interface answers. Nothing here knows of sockets; nothing can be changed through it.
 
-To add a route, add a row to `Query._routes`. Answers are computed from copies, without any lock.
+To add a route, add a row to ROUTES. Answers are computed from copies, without any lock.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote_to_bytes
 
 import state_metrics as metrics
 from engine_state import FIELDS_JSON, quote_json
@@ -24,7 +24,7 @@ from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 JSON_TYPE = "application/json"
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
 LONGEST_INTERVAL_MS = 3_600_000
-MOST_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
+MAX_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
 SHARED_MS = 10  # by which the ages of a snapshot that is given to several may be behind
 
 
@@ -100,6 +100,27 @@ class Gateway(Protocol):
         """Whether everything is open and nothing is stopping."""
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a path: its parameters, decoded, and what a reader of /watch says that it was sent last."""
+
+    parameters: dict[str, list[str]]
+    last_event_id: str = ""
+
+    def engine_ids(self) -> tuple[str, ...]:
+        """The values of `engine_id`, each once; raises QueryError for an empty one: a script's unset variable."""
+        engine_ids = tuple(dict.fromkeys(self.parameters.get("engine_id", ())))
+        if "" in engine_ids:
+            raise QueryError(400, "engine_id is empty; leave it out to ask for every engine")
+        return engine_ids
+
+    def engine_id(self) -> str:
+        """The one engine that is asked for; raises QueryError if it is none or several."""
+        if len(self.parameters.get("engine_id", ())) != 1:
+            raise QueryError(400, "exactly one engine_id is needed, as in ?engine_id=http%3A%2F%2Fhost%3A8000")
+        return self.engine_ids()[0]
+
+
 class Query:
     """Answers questions by path; for one thread at a time."""
 
@@ -113,16 +134,6 @@ class Query:
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
         self._shared_key: object = None
         self._shared_ms = 0
-        self._routes: dict[str, Callable[[dict[str, list[str]]], Answer]] = {
-            "/": lambda _: self._page,
-            "/engines": self._engines,
-            "/stats": lambda _: self._stats(),
-            "/metrics": lambda _: self._metrics(),
-            "/livez": lambda _: self._livez(),
-            "/health": lambda _: self._livez(),
-            "/readyz": lambda _: self._readyz(),
-            "/version": lambda _: json_answer({"version": self._gateway.version}),
-        }
 
     def answer(self, target: str, last_event_id: str = "") -> Answer | WatchReader:
         """Answer GET of a request target such as `/engines?status=live`; raises QueryError.
@@ -130,36 +141,35 @@ class Query:
         `last_event_id` is what a reader of /watch says that it was sent last.
         """
         path, _, query = target.partition("?")
-        route = self._routes.get(path)
-        if route is not None:
-            return route(_parameters(query))
-        if path == "/watch":
-            return self._watched(_parameters(query), last_event_id)
-        if path.startswith("/engines/"):
-            return self._one_engine(path.removeprefix("/engines/"))
-        raise QueryError(404, f"no such path; there are {', '.join(self._routes)}, /watch and /engines/<engine_id>")
+        route, engine_id = find_route(path)
+        parameters = {} if route.parameters is None else parse_query(query, route)
+        if engine_id is not None:
+            parameters["engine_id"] = [_decode(engine_id)]
+        return route.function(self, Question(parameters, last_event_id))
 
-    def _engines(self, parameters: dict[str, list[str]]) -> Answer:
-        wanted = parameters.get("status", [])
+    def _status_page(self, _: Question) -> Answer:
+        return self._page
+
+    def _engines(self, question: Question) -> Answer:
+        wanted = question.parameters.get("status", [])
         if any(status not in (LIVE, STALE) for status in wanted):
             raise QueryError(400, "status is live or stale")
+        engine_ids = question.engine_ids()
         self._gateway.catch_up()
         changes = self._store.changes()
-        key = (changes, tuple(wanted))
+        key = (changes, tuple(wanted), engine_ids)
         now_ms = self._gateway.about()["uptime_ms"]
         if self._shared_key == key and now_ms - self._shared_ms <= SHARED_MS:
             return self._shared
-        self._shared = self._snapshot(wanted or (LIVE, STALE))
+        self._shared = self._snapshot(wanted or (LIVE, STALE), engine_ids)
         self._shared_key, self._shared_ms = key, now_ms
         return self._shared
 
-    def _watched(self, parameters: dict[str, list[str]], last_event_id: str) -> WatchReader:
+    def _watched(self, question: Question) -> WatchReader:
         if not self._gateway.is_ready():
             raise QueryError(503, "starting or stopping")
-        engine_ids = frozenset(parameters.get("engine_id", []))
-        if "" in engine_ids:
-            raise QueryError(400, "engine_id is empty; leave it out to watch every engine")
-        intervals = parameters.get("min_interval_ms", ["0"])
+        engine_ids = question.engine_ids()
+        intervals = question.parameters.get("min_interval_ms", ["0"])
         if not all(re.fullmatch("[0-9]{1,7}", text) and int(text) <= LONGEST_INTERVAL_MS for text in intervals):
             raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {LONGEST_INTERVAL_MS}")
         self._gateway.catch_up()
@@ -167,19 +177,19 @@ class Query:
             lambda: self._snapshot((LIVE, STALE), engine_ids, between=DATA_LINE).body,
             engine_ids,
             int(intervals[-1]),
-            last_event_id,
+            question.last_event_id,
         )
         if reader is None:
             raise QueryError(503, f"/watch has its {MAX_READERS} readers already; /engines can be asked instead")
         return reader
 
-    def _snapshot(self, statuses: Container[str], engine_ids: Container[str] = (), *, between: bytes = b"") -> Answer:
-        """Every engine, joined from pieces: what has not changed since the last time is not written anew.
+    def _snapshot(self, statuses: Container[str], engine_ids: Collection[str] = (), *, between: bytes = b"") -> Answer:
+        """The engines asked for, joined from pieces: what has not changed since the last time is not written anew.
 
         `between` is put before each engine and before the end, where JSON allows white space.
         """
         head = self._gateway.about()
-        now, rows = self._store.rows()
+        now, rows = self._store.rows_of(engine_ids) if engine_ids else self._store.rows()
         ends, lasting = EndsJson(now, self._ages_json), self._lasting
         pieces = [b""]
         live_engines = 0
@@ -190,49 +200,50 @@ class Query:
                 piece = lasting[engine_id] = shown, member_json(quoted_id, shown)
             end, live = ends[heard_at] if shown[2] == heard_at else ends.of(heard_at, shown[2])
             live_engines += live
-            if (wants_live if live else wants_stale) and (not engine_ids or engine_id in engine_ids):
+            if wants_live if live else wants_stale:
                 pieces += (between, piece[1], end)
-        if len(lasting) > len(rows):  # some are no more
+        total = len(rows)
+        if engine_ids:
+            live_engines, total = self._store.counts()
+        elif len(lasting) > total:  # some are no more
             self._lasting = {engine_id: lasting[engine_id] for engine_id, *_ in rows}
-        document = json.dumps({**head, "active_engines": live_engines, "total_engines": len(rows), "engines": {}})
+        document = json.dumps({**head, "active_engines": live_engines, "total_engines": total, "engines": {}})
         pieces[0] = document[:-2].encode()
         if len(pieces) > 1:
             pieces[2] = pieces[2].removeprefix(b", ")
         pieces += (between, b"}}\n")
         return Answer(200, b"".join(pieces))  # at once: each further copy of half a megabyte takes 0.3 ms
 
-    def _one_engine(self, encoded: str) -> Answer:
-        encoded_id = encoded.removesuffix("/history")
-        try:
-            engine_id = unquote(encoded_id, errors="strict")
-        except UnicodeDecodeError:
-            raise QueryError(400, "the engine_id is not percent-encoded UTF-8") from None
+    def _one_engine(self, question: Question) -> Answer:
+        engine_id = question.engine_id()
         self._gateway.catch_up()
-        if encoded_id == encoded:
-            view = self._store.view(engine_id)
-            if view is not None:
-                end, _ = self._ages_json[view.age_ms, view.state_age_ms]
-                return Answer(200, lasting_json(quote_json(engine_id).encode(), view.shown) + end + b"\n")
-        else:
-            past = self._store.history(engine_id)
-            if past is not None:
-                states = [
-                    b'{%b, "received_ms": %d}' % (FIELDS_JSON % state.fields(), received_ms)
-                    for state, received_ms in past
-                ]
-                return Answer(200, b"[%b]\n" % b", ".join(states))
-        raise QueryError(404, "no such engine; its id is percent-encoded, as in http%3A%2F%2Fhost%3A8000")
+        view = self._store.view(engine_id)
+        if view is None:
+            raise QueryError(404, _NO_SUCH_ENGINE)
+        end, _ = self._ages_json[view.age_ms, view.state_age_ms]
+        return Answer(200, lasting_json(quote_json(engine_id).encode(), view.shown) + end + b"\n")
 
-    def _stats(self) -> Answer:
+    def _history(self, question: Question) -> Answer:
+        engine_id = question.engine_id()
+        self._gateway.catch_up()
+        past = self._store.history(engine_id)
+        if past is None:
+            raise QueryError(404, _NO_SUCH_ENGINE)
+        states = [
+            b'{%b, "received_ms": %d}' % (FIELDS_JSON % state.fields(), received_ms) for state, received_ms in past
+        ]
+        return Answer(200, b"[%b]\n" % b", ".join(states))
+
+    def _stats(self, _: Question) -> Answer:
         self._gateway.catch_up()
         return json_answer(self._gateway.get_stats())
 
-    def _metrics(self) -> Answer:
+    def _metrics(self, _: Question) -> Answer:
         self._gateway.catch_up()
         page = metrics.gateway_metrics(self._gateway.get_stats()) + metrics.engine_metrics(self._store.views())
         return Answer(200, page, metrics.CONTENT_TYPE)
 
-    def _livez(self) -> Answer:
+    def _livez(self, _: Question) -> Answer:
         threads = self._gateway.threads()
         stuck = [name for name, moving in threads.items() if not moving]
         document = {
@@ -241,13 +252,83 @@ class Query:
         }
         return json_answer(document, 503 if stuck else 200)
 
-    def _readyz(self) -> Answer:
+    def _readyz(self, _: Question) -> Answer:
         ready = self._gateway.is_ready()
         return json_answer({"status": "ready" if ready else "not ready: starting or stopping"}, 200 if ready else 503)
 
+    def _version(self, _: Question) -> Answer:
+        return json_answer({"version": self._gateway.version})
 
-def _parameters(query: str) -> dict[str, list[str]]:
+
+_NO_SUCH_ENGINE = "no such engine; in a path its id is percent-encoded, as in http%3A%2F%2Fhost%3A8000"
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path: what answers it, and the parameters that it knows."""
+
+    path: str  # <engine_id> stands for a percent-encoded id
+    function: Callable[[Query, Question], Answer | WatchReader]
+    parameters: tuple[str, ...] | None = ()  # None = any, which are passed over
+    is_probe: bool = False  # answered before everything else, and also if there is no place for more connections
+
+
+ROUTES = (
+    Route("/", Query._status_page, None),
+    Route("/engines", Query._engines, ("engine_id", "status")),
+    Route("/engines/<engine_id>", Query._one_engine),
+    Route("/engines/<engine_id>/history", Query._history),
+    Route("/history", Query._history, ("engine_id",)),
+    Route("/stats", Query._stats),
+    Route("/metrics", Query._metrics),
+    Route("/livez", Query._livez, None, is_probe=True),
+    Route("/health", Query._livez, None, is_probe=True),
+    Route("/readyz", Query._readyz, None, is_probe=True),
+    Route("/version", Query._version),
+    Route("/watch", Query._watched, ("engine_id", "min_interval_ms")),
+)
+_BY_PATH = {route.path: route for route in ROUTES}
+
+
+def find_route(path: str) -> tuple[Route, str | None]:
+    """The route of a path, and the engine_id in the path, still encoded; raises QueryError for an unknown path."""
+    route = _BY_PATH.get(path)
+    if route is not None:
+        return route, None
+    if path.startswith("/engines/") and path != "/engines/":
+        encoded = path.removeprefix("/engines/")
+        encoded_id = encoded.removesuffix("/history")
+        return _BY_PATH["/engines/<engine_id>" + encoded[len(encoded_id) :]], encoded_id
+    raise QueryError(404, f"no such path; there are {_listed(_BY_PATH)}")
+
+
+def parse_query(query: str, route: Route) -> dict[str, list[str]]:
+    """The decoded values of each parameter; raises QueryError if the route does not know one of them."""
+    if query.count("&") >= MAX_PARAMETERS:
+        raise QueryError(400, f"more than {MAX_PARAMETERS} parameters")
+    parameters: dict[str, list[str]] = {}
+    known = route.parameters or ()
+    for part in query.split("&"):
+        if not part:
+            continue
+        name, _, value = part.partition("=")
+        if name not in known:
+            name = _decode(name.replace("+", " "))
+        if name not in known:
+            knows = f"the parameters {_listed(known)}" if known else "no parameters"
+            raise QueryError(400, f"an unknown parameter: {route.path} knows {knows}")
+        parameters.setdefault(name, []).append(_decode(value.replace("+", " ")))
+    return parameters
+
+
+def _decode(text: str) -> str:
+    """Percent-decoding, in linear time."""
     try:
-        return parse_qs(query, keep_blank_values=True, errors="strict", max_num_fields=MOST_PARAMETERS)
-    except ValueError:
-        raise QueryError(400, "the query is not percent-encoded UTF-8, or has too many parts") from None
+        return unquote_to_bytes(text).decode() if "%" in text else text
+    except UnicodeDecodeError:
+        raise QueryError(400, "what is percent-encoded is no UTF-8") from None
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last

@@ -11,6 +11,7 @@ from unittest import mock
 from urllib.parse import quote
 
 import state_metrics as metrics
+import state_query
 from engine_state import FIELDS
 from state_entry import entry
 from state_query import Answer, Query, QueryError
@@ -163,8 +164,10 @@ class Engines(QueryCase):
             with self.subTest(engine_id):
                 path = "/engines/" + quote(engine_id, safe="")
                 self.assertEqual(self.get(path)["pending_tokens_total"], number)
-                self.assertEqual(self.get(path + "?x=y")["engine_id"] if "?" not in engine_id else engine_id, engine_id)
                 self.assertEqual(self.get(path + "/history")[0]["engine_id"], engine_id)
+                asked = "?engine_id=" + quote(engine_id, safe="")
+                self.assertEqual(list(self.get("/engines" + asked)["engines"]), [engine_id])
+                self.assertEqual(self.get("/history" + asked), self.get(path + "/history"))
 
     def test_a_url_that_was_not_encoded_is_understood(self) -> None:
         self.take(engine_id="http://172.17.0.3:8000")
@@ -181,9 +184,49 @@ class Engines(QueryCase):
         for target in ("/nope", "//", "/..", "/engines/nobody", "/engines/", "/engines/nobody/history", "/engines/%00"):
             with self.subTest(target):
                 self.assert_refused(target, 404)
-        for target in ("/engines?status=dead", "/engines?status=", "/engines/%ff", "/engines?status=%ff"):
+        for target in (
+            "/engines?status=dead", "/engines?status=", "/engines/%ff", "/engines?status=%ff", "/engines?%ff=1",
+            "/engines?engine_id=", "/history", "/history?", "/history?engine_id=", "/history?engine_id=a&engine_id=b",
+            "/engines?" + "status=live&" * 2000, "/engines//history",
+        ):  # fmt: skip
             with self.subTest(target):
                 self.assert_refused(target, 400)
+
+    def test_only_the_engines_asked_for(self) -> None:
+        """`?engine_id=` narrows /engines, in the order asked; the fleet's counts stay the fleet's."""
+        self.take(engine_id="old")
+        self.clock.move(2.5)
+        for engine_id in ("a", "b", "c d"):
+            self.take(engine_id=engine_id)
+        document = self.get("/engines?engine_id=c+d&engine_id=a&engine_id=nobody&engine_id=a")
+        self.assertEqual(list(document["engines"]), ["c d", "a"])
+        self.assertEqual((document["active_engines"], document["total_engines"]), (3, 4))
+        self.assertEqual(self.get("/engines?engine_id=nobody")["engines"], {})
+        both = self.get("/engines?engine_id=old&engine_id=b&status=stale")
+        self.assertEqual(list(both["engines"]), ["old"])
+        self.assertEqual(list(self.get("/engines")["engines"]), ["old", "a", "b", "c d"])
+
+    def test_history_by_parameter_is_history_by_path(self) -> None:
+        self.take()
+        self.assertEqual(self.get("/history?engine_id=test"), self.get("/engines/test/history"))
+        self.assert_refused("/history?engine_id=nobody", 404)
+
+    def test_what_is_misspelt_is_refused(self) -> None:
+        """A parameter that a path does not know is 400, naming those that it knows; probes and the page take any."""
+        self.take()
+        for route in state_query.ROUTES:
+            target = route.path.replace("<engine_id>", "test") + "?staus=live"
+            with self.subTest(target):
+                if route.parameters is None:
+                    self.assertIsInstance(self.query.answer(target), Answer)
+                    self.assertIn(route.path, ("/", "/livez", "/health", "/readyz"))
+                    continue
+                with self.assertRaises(QueryError) as refused:
+                    self.query.answer(target)
+                self.assertEqual(refused.exception.status, 400)
+                for name in route.parameters or ("no parameters",):
+                    self.assertIn(name, str(refused.exception))
+        self.assertEqual(list(self.get("/engines?st%61tus=live")["engines"]), ["test"])
 
     def test_the_error_never_repeats_the_question(self) -> None:
         for target in ("/<script>", "/engines/<script>", "/engines?status=<script>"):
