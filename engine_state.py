@@ -103,9 +103,9 @@ class EngineState:
 
     def as_dict(self) -> dict[str, Any]:
         """The eight fields, in the datagram's order, as a dictionary of the caller's own."""
-        return dict(zip(FIELDS, self.values(), strict=True))
+        return dict(zip(FIELD_NAMES, self.values(), strict=True))
 
-    def fields(self) -> Fields:
+    def texts(self) -> FieldTexts:
         """The eight fields as JSON text."""
         return (
             quote_json(self.engine_id).encode(),
@@ -119,19 +119,19 @@ class EngineState:
         )
 
 
-FIELDS = tuple(EngineState.__dataclass_fields__)
+FIELD_NAMES = tuple(EngineState.__dataclass_fields__)
 
 # The eight fields of a valid state, in the datagram's order, each as the JSON text that stands for its value. This is
 # the form in which a state goes from the listener to the store: only a reader needs numbers, and making them takes six
 # times as long as cutting their text out.
-Fields = tuple[bytes, ...]
+FieldTexts = tuple[bytes, ...]
 
 
 # How they are written, as the inside of a JSON object without its braces; json.dumps takes four times as long.
-FIELDS_JSON = b", ".join(b'"%b": %%b' % name.encode() for name in FIELDS)
+FIELDS_JSON = b", ".join(b'"%b": %%b' % name.encode() for name in FIELD_NAMES)
 
 
-def is_heartbeat(fields: Fields) -> bool:
+def is_heartbeat(fields: FieldTexts) -> bool:
     """Whether all five load fields are the placeholders of an agent's heartbeat, which says nothing of load."""
     _, _, latency, _, pending, free, total, capacity = fields
     return free == b"-1" and total == b"-1" and pending == b"0" and float(latency) == 0 and float(capacity) == 0
@@ -149,14 +149,14 @@ _CANONICAL = re.compile(
 )
 
 
-def match_canonical(datagram: bytes) -> Fields | None:
+def match_canonical(datagram: bytes) -> FieldTexts | None:
     """The fields of a canonical datagram, or None if it is not one: it may still be valid."""
     match = _CANONICAL.fullmatch(datagram)
-    fields: Fields | None = match and match.groups()
+    fields: FieldTexts | None = match and match.groups()
     return fields
 
 
-def match_all_canonical(datagrams: Sequence[bytes]) -> list[Fields | None]:
+def match_all_canonical(datagrams: Sequence[bytes]) -> list[FieldTexts | None]:
     """The same of each datagram of a batch; a call for each would take half as long again."""
     return [match and match.groups() for match in map(_CANONICAL.fullmatch, datagrams)]
 
@@ -164,30 +164,30 @@ def match_all_canonical(datagrams: Sequence[bytes]) -> list[Fields | None]:
 # A state as the table and the histories hold it: the text of all fields but the engine_id, timestamp_ms first, and then
 # when it was received, in ms since the epoch, a line each. That takes 130 bytes where an EngineState takes 340 and a
 # datagram 300, so that intake meets less cold memory.
-HeldState = bytes
+Record = bytes
 
-# A state to be held, of its fields from timestamp_ms on and received_ms; split_held gives these back.
-hold: Callable[[Sequence[bytes]], HeldState] = b"\n".join
+# A state to be held, of its fields from timestamp_ms on and received_ms; decode_record gives these back.
+encode_record: Callable[[Sequence[bytes]], Record] = b"\n".join
 
 
-def split_held(held: HeldState) -> list[bytes]:
+def decode_record(held: Record) -> list[bytes]:
     """What a state was held of: its fields from timestamp_ms on, and received_ms."""
     return held.split(b"\n")
 
 
 # Some of them as one text, which takes two thirds of the memory that they take as an object each.
-pack: Callable[[Sequence[HeldState]], bytes] = b"\n".join
+pack: Callable[[Sequence[Record]], bytes] = b"\n".join
 
 
-def unpack(packed: bytes) -> list[HeldState]:
+def unpack(packed: bytes) -> list[Record]:
     """The states that were packed."""
     lines = packed.split(b"\n")
-    return [hold(lines[first : first + len(FIELDS)]) for first in range(0, len(lines), len(FIELDS))]
+    return [encode_record(lines[first : first + len(FIELD_NAMES)]) for first in range(0, len(lines), len(FIELD_NAMES))]
 
 
-def as_state(engine_id: str, held: HeldState) -> EngineState:
+def decode_state(engine_id: str, held: Record) -> EngineState:
     """The state that is held of an engine."""
-    timestamp, latency, mode, pending, free, total, capacity, _ = split_held(held)
+    timestamp, latency, mode, pending, free, total, capacity, _ = decode_record(held)
     return EngineState(
         engine_id,
         int(timestamp),
@@ -200,22 +200,22 @@ def as_state(engine_id: str, held: HeldState) -> EngineState:
     )
 
 
-def is_same(held: HeldState, other: HeldState) -> bool:
+def same_state(held: Record, other: Record) -> bool:
     """Whether all fields that are held are equal, however they were written and whenever they were received."""
-    return timestamp_ms(held) == timestamp_ms(other) and as_state("", held) == as_state("", other)
+    return timestamp_ms(held) == timestamp_ms(other) and decode_state("", held) == decode_state("", other)
 
 
-def mode_of(held: HeldState) -> str:
+def mode_of(held: Record) -> str:
     """The scheduling_mode of the state that is held."""
-    return _mode(split_held(held)[2])
+    return _mode(decode_record(held)[2])
 
 
-def timestamp_ms(held: HeldState) -> int:
+def timestamp_ms(held: Record) -> int:
     """The timestamp_ms of the state that is held."""
     return int(held[: held.index(b"\n")])
 
 
-def received_ms(held: HeldState) -> int:
+def received_ms(held: Record) -> int:
     """When the state that is held was received, by the gateway's clock, in ms since the epoch."""
     return int(held[held.rindex(b"\n") + 1 :])
 
@@ -306,7 +306,7 @@ def _first_repeated(pairs: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:
-            return (name,) if name in FIELDS else ()
+            return (name,) if name in FIELD_NAMES else ()
         seen.add(name)
     return ()
 

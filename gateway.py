@@ -395,7 +395,7 @@ class StateGateway:
 
     def get_stats(self) -> dict[str, Any]:
         """The document of /stats; the counters of datagrams are of one moment and add up. Also after `shutdown`."""
-        tally = self._store.tally()
+        counters = self._store.counters()
         live, total = self._store.counts()
         log = LogCounters() if self._log is None else self._log.counters()
         mode = self.config.network_mode
@@ -404,20 +404,20 @@ class StateGateway:
             "uptime_s": round(self._clock() - self._started_at, 3),
             "active_engines": live,
             "total_engines": total,
-            "total_received": tally.received,
-            "valid_states": tally.valid_states,
-            "invalid_states": tally.invalid_states,
-            "valid_rate": tally.valid_states / tally.received if tally.received else 0.0,
-            "unicast_received": tally.received if mode == UNICAST else 0,
-            "broadcast_received": tally.received if mode == BROADCAST else 0,
-            "heartbeats": tally.heartbeats,
-            "duplicates": tally.duplicates,
-            "out_of_order": tally.out_of_order,
-            "rejected_capacity": tally.rejected_capacity,
-            "rejected_source": tally.rejected_source,
-            "expired_engines": tally.expired_engines,
-            "invalid_reasons": tally.invalid,
-            "last_received": tally.last_received_s,
+            "total_received": counters.received,
+            "valid_states": counters.valid_states,
+            "invalid_states": counters.invalid_states,
+            "valid_rate": counters.valid_states / counters.received if counters.received else 0.0,
+            "unicast_received": counters.received if mode == UNICAST else 0,
+            "broadcast_received": counters.received if mode == BROADCAST else 0,
+            "heartbeats": counters.heartbeats,
+            "duplicates": counters.duplicates,
+            "out_of_order": counters.out_of_order,
+            "rejected_capacity": counters.rejected_capacity,
+            "rejected_source": counters.rejected_source,
+            "expired_engines": counters.expired_engines,
+            "invalid_reasons": counters.invalid,
+            "last_received": counters.last_received_s,
             "receive_buffer_bytes": self._receive_buffer_bytes,
             "kernel_dropped": self._listener.kernel_dropped(),
             "log": {

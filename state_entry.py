@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine_state import FIELDS_JSON, split_held
-from state_store import LIVE, STALE, EngineView, Shown, ages_ms
+from engine_state import FIELDS_JSON, decode_record
+from state_store import LIVE, STALE, EngineView, Visible, ages_ms
 
 CACHED_AGES = 65536
 
@@ -30,14 +30,14 @@ def entry(view: EngineView) -> dict[str, Any]:
 _MEMBER = b', %%b: {%b, "heartbeat": %%b, "received_ms": %%b, "clock_offset_ms": %%d, "source": %%b, ' % FIELDS_JSON
 
 
-def member_json(quoted_id: bytes, shown: Shown) -> bytes:
+def entry_head(quoted_id: bytes, shown: Visible) -> bytes:
     """The beginning of an entry as it follows others at /engines, under its id: all that lasts until the next state.
 
     The id is JSON text.
     """
     # Spelled out and in one go, because this is most of what a snapshot takes: in steps it takes half as long again.
     held, heartbeat, _, source = shown
-    stamp, latency, mode, pending, free, total, capacity, received = split_held(held)
+    stamp, latency, mode, pending, free, total, capacity, received = decode_record(held)
     return _MEMBER % (
         quoted_id,
         quoted_id,
@@ -55,9 +55,9 @@ def member_json(quoted_id: bytes, shown: Shown) -> bytes:
     )
 
 
-def lasting_json(quoted_id: bytes, shown: Shown) -> bytes:
+def lone_entry_head(quoted_id: bytes, shown: Visible) -> bytes:
     """The same of an entry that stands alone."""
-    return member_json(quoted_id, shown)[len(b", ") + len(quoted_id) + len(b": ") :]
+    return entry_head(quoted_id, shown)[len(b", ") + len(quoted_id) + len(b": ") :]
 
 
 class AgesJson(dict[tuple[int, int], tuple[bytes, bool]]):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine_state import mode_of, split_held
+from engine_state import decode_record, mode_of
 from state_store import LIVE, STALE, EngineView
 
 PREFIX = "elrar_state_gateway_"
@@ -68,7 +68,7 @@ _ENGINE_FAMILIES = (
 
 def _values(view: EngineView) -> tuple[float | str, ...]:
     """The values of an engine's series. A number in JSON is one in this format too, which spares making it."""
-    timestamp, latency, _, pending, free, total, capacity, received = split_held(view.shown[0])
+    timestamp, latency, _, pending, free, total, capacity, received = decode_record(view.visible[0])
     timestamp_ms = int(timestamp)
     return (
         int(view.status == LIVE),
@@ -98,7 +98,7 @@ def engine_metrics(views: list[EngineView]) -> bytes:
         lines = [f"{name}{{{id_}}} {value}" for id_, value in zip(ids, column, strict=True)]
         parts.append(_page(name, "gauge", meaning, lines).encode())
     name = PREFIX + "engine_scheduling_mode_info"
-    modes = (_label("scheduling_mode", mode_of(view.shown[0])) for view in views)
+    modes = (_label("scheduling_mode", mode_of(view.visible[0])) for view in views)
     lines = [f"{name}{{{id_},{mode}}} 1" for id_, mode in zip(ids, modes, strict=True)]
     parts.append(_page(name, "gauge", "The engine's scheduling mode, as a label", lines).encode())
     return b"".join(parts)

@@ -17,8 +17,8 @@ from urllib.parse import unquote_to_bytes
 
 import state_metrics as metrics
 from engine_state import FIELDS_JSON, quote_json
-from state_entry import EndsJson, lasting_json, member_json
-from state_store import LIVE, STALE, Shown, StateStore
+from state_entry import EndsJson, entry_head, lone_entry_head
+from state_store import LIVE, STALE, StateStore, Visible
 from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 
 JSON_TYPE = "application/json"
@@ -130,7 +130,7 @@ class Query:
         self._watch = watch
         self._page = status_page()
         self._ages_json = watch.ages_json
-        self._lasting: dict[str, tuple[Shown, bytes]] = {}  # of each engine, for as long as it shows that state
+        self._lasting: dict[str, tuple[Visible, bytes]] = {}  # of each engine, for as long as it shows that state
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
         self._shared_key: object = None
         self._shared_ms = 0
@@ -189,7 +189,7 @@ class Query:
         `between` is put before each engine and before the end, where JSON allows white space.
         """
         head = self._gateway.about()
-        now, rows = self._store.rows_of(engine_ids) if engine_ids else self._store.rows()
+        now, rows = self._store.snapshot_of(engine_ids) if engine_ids else self._store.snapshot()
         ends, lasting = EndsJson(now, self._ages_json), self._lasting
         pieces = [b""]
         live_engines = 0
@@ -197,7 +197,7 @@ class Query:
         for engine_id, quoted_id, shown, heard_at in rows:
             piece = lasting.get(engine_id)
             if piece is None or piece[0] is not shown:
-                piece = lasting[engine_id] = shown, member_json(quoted_id, shown)
+                piece = lasting[engine_id] = shown, entry_head(quoted_id, shown)
             end, live = ends[heard_at] if shown[2] == heard_at else ends.of(heard_at, shown[2])
             live_engines += live
             if wants_live if live else wants_stale:
@@ -221,7 +221,7 @@ class Query:
         if view is None:
             raise QueryError(404, _NO_SUCH_ENGINE)
         end, _ = self._ages_json[view.age_ms, view.state_age_ms]
-        return Answer(200, lasting_json(quote_json(engine_id).encode(), view.shown) + end + b"\n")
+        return Answer(200, lone_entry_head(quote_json(engine_id).encode(), view.visible) + end + b"\n")
 
     def _history(self, question: Question) -> Answer:
         engine_id = question.engine_id()
@@ -230,7 +230,7 @@ class Query:
         if past is None:
             raise QueryError(404, _NO_SUCH_ENGINE)
         states = [
-            b'{%b, "received_ms": %d}' % (FIELDS_JSON % state.fields(), received_ms) for state, received_ms in past
+            b'{%b, "received_ms": %d}' % (FIELDS_JSON % state.texts(), received_ms) for state, received_ms in past
         ]
         return Answer(200, b"[%b]\n" % b", ".join(states))
 

@@ -16,15 +16,15 @@ from daemon_log import OncePerMinute
 from engine_state import (
     REASONS,
     EngineState,
-    Fields,
-    HeldState,
-    as_state,
-    hold,
+    FieldTexts,
+    Record,
+    decode_state,
+    encode_record,
     is_heartbeat,
-    is_same,
     pack,
     quote_json,
     received_ms,
+    same_state,
     timestamp_ms,
     unpack,
     unquote_json,
@@ -45,7 +45,7 @@ STALE = "stale"
 
 
 @dataclass(slots=True)
-class Tally:
+class DatagramCounters:
     """What became of every datagram. `received` is always the sum of the outcomes."""
 
     received: int = 0
@@ -91,7 +91,7 @@ class Batch:
 
     received_at: float  # s, the gateway's monotonic clock
     received_s: float  # s since the epoch
-    states: Sequence[Fields] = ()  # the valid ones
+    states: Sequence[FieldTexts] = ()  # the valid ones
     sources: Sequence[bytes] = ()  # for each of them where it came from, `<ip>:<port>` as JSON text
     rejected_source: int = 0
     invalid: list[str] = field(default_factory=list)  # a reason each
@@ -104,7 +104,7 @@ class Batch:
 
 # What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic), and its source
 # as JSON text. Replaced as a whole and never changed, so that readers need no lock to see it whole.
-Shown = tuple[HeldState, bool, float, bytes]
+Visible = tuple[Record, bool, float, bytes]
 
 
 class EngineView(NamedTuple):
@@ -114,37 +114,37 @@ class EngineView(NamedTuple):
     status: str  # LIVE or STALE
     age_ms: int  # since the engine was last heard from
     state_age_ms: int  # since the state shown was received
-    shown: Shown
+    visible: Visible
 
     @property
     def state(self) -> EngineState:
         """The state shown, made at each call."""
-        return as_state(self.engine_id, self.shown[0])
+        return decode_state(self.engine_id, self.visible[0])
 
     @property
     def heartbeat(self) -> bool:
         """Whether the state shown is one."""
-        return self.shown[1]
+        return self.visible[1]
 
     @property
     def received_ms(self) -> int:
         """When the state shown was received, in ms since the epoch."""
-        return received_ms(self.shown[0])
+        return received_ms(self.visible[0])
 
     @property
     def source(self) -> str:
         """Where the state shown came from, as `<ip>:<port>`."""
-        return unquote_json(self.shown[3])
+        return unquote_json(self.visible[3])
 
     @property
     def clock_offset_ms(self) -> int:
         """Receipt minus the engine's own timestamp: how far its clock is off, plus the way here."""
-        return received_ms(self.shown[0]) - timestamp_ms(self.shown[0])
+        return received_ms(self.visible[0]) - timestamp_ms(self.visible[0])
 
 
 # One engine as plain values: engine_id, the same as JSON text, what is shown, and when it was last heard from,
 # monotonic: then or later.
-Row = tuple[str, bytes, Shown, float]
+Row = tuple[str, bytes, Visible, float]
 
 
 class PastState(NamedTuple):
@@ -176,24 +176,24 @@ class _Engine:
         "quoted_id",
         "recent",
         "said_stale",
-        "shown",
+        "visible",
     )
 
     heard_at: float  # monotonic, when the last datagram was taken from it
-    last: HeldState  # the last datagram taken from it
-    load: HeldState | None  # the newest that is no heartbeat; None: there is none since it restarted or came back
-    newest: HeldState  # the one with the newest timestamp_ms since it last restarted
-    shown: Shown
+    last: Record  # the last datagram taken from it
+    load: Record | None  # the newest that is no heartbeat; None: there is none since it restarted or came back
+    newest: Record  # the one with the newest timestamp_ms since it last restarted
+    visible: Visible
 
-    def __init__(self, quoted_id: bytes, shown: Shown) -> None:
+    def __init__(self, quoted_id: bytes, visible: Visible) -> None:
         self.quoted_id = quoted_id
         self.engine_id = unquote_json(quoted_id)
         self.heard_at = float("-inf")  # until the datagram is taken that it appears with
-        self.last = self.newest = shown[0]
+        self.last = self.newest = visible[0]
         self.load = None
-        self.shown = shown
+        self.visible = visible
         self.packed: list[bytes] = []  # its history, _PACKED states each, the oldest first
-        self.recent: list[HeldState] = []  # what follows in its history, fewer than _PACKED states
+        self.recent: list[Record] = []  # what follows in its history, fewer than _PACKED states
         self.said_stale = False
 
     def history_bytes(self) -> int:
@@ -243,13 +243,14 @@ def _quoted(engine_id: str) -> bytes:
 
 def _rows(engines: Iterable[_Engine]) -> list[Row]:
     # `shown` is read before `heard_at`, which is at least as new then: they are not read under the lock.
-    return [(engine.engine_id, engine.quoted_id, engine.shown, engine.heard_at) for engine in engines]
+    return [(engine.engine_id, engine.quoted_id, engine.visible, engine.heard_at) for engine in engines]
 
 
 class StateStore:
     """The latest state of every engine, for any number of threads.
 
-    `take` and `drained` are the listener's; every other method may be called from any thread, and returns copies.
+    `apply` and `advance_watermark` are the listener's; every other method may be called from any thread and
+    returns copies.
     """
 
     def __init__(
@@ -272,8 +273,8 @@ class StateStore:
         self._engines: dict[bytes, _Engine] = {}  # by engine_id as JSON text, which is what a datagram has
         self._history_bytes = 0
         self._changes = 0
-        self._tally = Tally()
-        self._drained_at = clock()
+        self._counters = DatagramCounters()
+        self._watermark = clock()
         self._heard: dict[bytes, int] | None = None  # how often each since somebody looked; None = nobody looks
         self._gone: list[_Engine] = []  # who was removed since then
         self._news_at = float("-inf")  # when somebody looked
@@ -282,7 +283,7 @@ class StateStore:
         self._returned = OncePerMinute(clock)
         self._removed = OncePerMinute(clock)
 
-    def take(self, batch: Batch) -> list[str]:
+    def apply(self, batch: Batch) -> list[str]:
         """Take what the listener received; returns the outcome of each of `batch.states`, in their order."""
         # One loop for all of it: a call for each state, and its look-ups of attributes, took half as long again.
         now = batch.received_at
@@ -297,7 +298,7 @@ class StateStore:
             most_recent = 2 if crowded else _PACKED
             for fields, source in zip(batch.states, batch.sources, strict=True):
                 quoted_id, stamp, latency, mode, pending, free, total, capacity = fields
-                held = hold((stamp, latency, mode, pending, free, total, capacity, received))
+                held = encode_record((stamp, latency, mode, pending, free, total, capacity, received))
                 heartbeat = capacity < _ONE and is_heartbeat(fields)  # no zero begins with a digit from 1 to 9
                 engine = engines.get(quoted_id)
                 if engine is None:
@@ -319,7 +320,7 @@ class StateStore:
                 # What is newer than all before is none of the following. Digits are compared as they came, if both
                 # stamps have as many: making numbers of them takes a tenth of this loop.
                 elif not (stamp > engine.newest and engine.newest[len(stamp)] == _LINE_END):
-                    if is_same(held, engine.last):
+                    if same_state(held, engine.last):
                         outcomes.append(DUPLICATE)
                         continue
                     behind_ms = timestamp_ms(engine.newest) - int(stamp)
@@ -336,12 +337,12 @@ class StateStore:
                 if not heartbeat:
                     engine.load = held
                 else:
-                    _, shows_heartbeat, shown_at, _ = engine.shown
+                    _, shows_heartbeat, shown_at, _ = engine.visible
                     if not shows_heartbeat and now - shown_at < stale_s:
                         # Its placeholders would make a busy engine look idle: the load state stays in the table.
                         outcomes.append(HEARTBEAT)
                         continue
-                engine.shown = (held, heartbeat, now, source)
+                engine.visible = (held, heartbeat, now, source)
                 if history:
                     recent = engine.recent
                     recent.append(held)
@@ -350,30 +351,30 @@ class StateStore:
                         history_bytes -= _make_room(engine, history) if crowded else _pack(engine, history)
                 outcomes.append(HEARTBEAT if heartbeat else ACCEPTED)
             self._history_bytes = history_bytes
-            self._tally.count(batch, outcomes)
+            self._counters.count(batch, outcomes)
             self._changes += 1
         return outcomes
 
-    def drained(self, at: float) -> None:
+    def advance_watermark(self, at: float) -> None:
         """The listener says that everything that had arrived by `at` (monotonic, s) has been taken.
 
         Nothing is removed for a silence that the gateway was not listening to: after the gateway was paused, what
         waits in the socket is taken before anything is removed.
         """
-        self._drained_at = at  # without the lock: one writer, and a reaper that sees the value before it waits a turn
+        self._watermark = at  # without the lock: one writer, and a reaper that sees the value before it waits a turn
 
     def sweep(self) -> int:
         """Remove the engines that expired, and log who came and went; returns how many were removed."""
-        drained_at = self._drained_at
+        watermark = self._watermark
         with self._lock:
             engines = list(self._engines.values())
         # Looked through without the lock, since `heard_at` only moves forward; what is found is checked again under it.
-        heard_until = drained_at - self._stale_s
+        heard_until = watermark - self._stale_s
         silent = [engine for engine in engines if engine.heard_at <= heard_until]
         removed = 0
         with self._lock:
             for engine in silent:
-                silence_ms = age_ms(drained_at, engine.heard_at)
+                silence_ms = age_ms(watermark, engine.heard_at)
                 if silence_ms > self._expire_ms:
                     if self._engines.pop(engine.quoted_id, None) is None:
                         continue  # by another sweep
@@ -386,7 +387,7 @@ class StateStore:
                 elif silence_ms > self._stale_ms and not engine.said_stale:
                     engine.said_stale = True
                     _count(self._went_stale, engine.engine_id)
-            self._tally.expired_engines += removed
+            self._counters.expired_engines += removed
             self._changes += removed
             self._forget_news()
             changes = [
@@ -403,10 +404,10 @@ class StateStore:
                 logger.info("%s %s", what, said)
         return removed
 
-    def tally(self) -> Tally:
+    def counters(self) -> DatagramCounters:
         """A copy of the counters of one moment."""
         with self._lock:
-            return replace(self._tally, invalid=self._tally.invalid.copy())
+            return replace(self._counters, invalid=self._counters.invalid.copy())
 
     def counts(self) -> tuple[int, int]:
         """How many engines are live, and how many are known."""
@@ -422,20 +423,20 @@ class StateStore:
         now = self._clock()
         return [self._view(engine, now) for engine in engines]
 
-    def rows(self) -> tuple[float, list[Row]]:
+    def snapshot(self) -> tuple[float, list[Row]]:
         """The moment of looking (monotonic), and every engine, as the least that a snapshot takes."""
         with self._lock:
             engines = list(self._engines.values())
         return self._clock(), _rows(engines)
 
-    def rows_of(self, engine_ids: Iterable[str]) -> tuple[float, list[Row]]:
+    def snapshot_of(self, engine_ids: Iterable[str]) -> tuple[float, list[Row]]:
         """The same of some engines, in their order, without those that are not known."""
         quoted_ids = [_quoted(engine_id) for engine_id in engine_ids]
         with self._lock:
             found = [self._engines.get(quoted_id) for quoted_id in quoted_ids]
         return self._clock(), _rows(engine for engine in found if engine is not None)
 
-    def news(self) -> tuple[list[tuple[str, int]], list[Row]] | None:
+    def collect_changes(self) -> tuple[list[tuple[str, int]], list[Row]] | None:
         """Who was heard from since the last call and is known, how often; before that, who was removed, as they were.
 
         None where that was not noted: at the first call, and where the last one was NEWS_KEPT_S ago. For one reader.
@@ -449,7 +450,7 @@ class StateStore:
         return None if noted is None else (heard, _rows(gone))
 
     @property
-    def is_watched(self) -> bool:
+    def has_subscriber(self) -> bool:
         """Whether somebody has asked for `news` just now."""
         return self._clock() - self._news_at < WATCHED_S  # without the lock: one attribute, written under it
 
@@ -484,11 +485,11 @@ class StateStore:
                 return None
             packed, recent = engine.packed.copy(), engine.recent.copy()
         past = [held for text in packed for held in unpack(text)] + recent
-        return [PastState(as_state(engine_id, held), received_ms(held)) for held in past[-self._history :]]
+        return [PastState(decode_state(engine_id, held), received_ms(held)) for held in past[-self._history :]]
 
     def _view(self, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
-        shown = engine.shown
+        shown = engine.visible
         ages = ages_ms(now, engine.heard_at, shown[2])
         status = LIVE if ages[0] <= self._stale_ms else STALE
         return EngineView(engine.engine_id, status, *ages, shown)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from state_entry import AgesJson, EndsJson, lasting_json
+from state_entry import AgesJson, EndsJson, lone_entry_head
 from state_store import Row, StateStore
 
 MAX_READERS = 64
@@ -136,7 +136,7 @@ class Watch:
         if now - self._looked_at > PAUSED_S:
             self._look_for_stale_at = now + STALE_AFTER_PAUSE_S
         self._looked_at = now
-        news = self._store.news()
+        news = self._store.collect_changes()
         if news is None:
             self._begin_anew()
             return
@@ -192,7 +192,7 @@ class Watch:
 
     def write(self, events: list[_Event], *, anew: bool = False) -> bytes:
         """The events as they are sent, with what is known of the engines now; `anew` numbers them anew."""
-        now, known = self._store.rows_of(event.engine_id for event in events)
+        now, known = self._store.snapshot_of(event.engine_id for event in events)
         rows, ends = {row[0]: row for row in known}, EndsJson(now, self.ages_json)
         text = []
         for event in events:
@@ -202,7 +202,7 @@ class Watch:
             _, quoted_id, shown, heard_at = row
             number = self.next_number() if anew else event.number
             end, _ = ends.of(heard_at, shown[2])
-            entry = lasting_json(quoted_id, shown) + end
+            entry = lone_entry_head(quoted_id, shown) + end
             text.append(b"id: %d\nevent: %b%b%b\n\n" % (number, event.kind, DATA_LINE, entry))
         self.events += len(text)
         return b"".join(text)

@@ -22,7 +22,7 @@ from config import BROADCAST, PREFIX, Network
 from daemon_log import OncePerMinute
 from engine_state import (
     FIELDS_JSON,
-    Fields,
+    FieldTexts,
     InvalidDatagram,
     match_all_canonical,
     parse_datagram,
@@ -218,7 +218,7 @@ class UdpListener:
             counted += taken
             now = self._clock()
             if now - counted_from >= RATE_WINDOW_S:
-                longest_s = PROMPT_NAP_S if self._prompt or self._store.is_watched else LONGEST_NAP_S
+                longest_s = PROMPT_NAP_S if self._prompt or self._store.has_subscriber else LONGEST_NAP_S
                 nap_s = gathering_nap_s(counted / (now - counted_from), longest_s, self._room)
                 counted, counted_from = 0, now
             # More than a batch is a socket that has been filling up meanwhile.
@@ -288,9 +288,9 @@ class UdpListener:
     def _say_how_far(self, all_taken: bool, looked_at: float, taken: int) -> None:
         self._taken_without_pause += taken
         if all_taken:
-            self._store.drained(looked_at)
+            self._store.advance_watermark(looked_at)
         elif self._taken_without_pause > self._buffered_at_most:
-            self._store.drained(self._pause_ended_at)
+            self._store.advance_watermark(self._pause_ended_at)
         else:
             return
         self._taken_without_pause = 0
@@ -306,8 +306,8 @@ class UdpListener:
         if None in matched:
             batch.states, texts, batch.sources = self._parse(batch, matched, datagrams, sources)
         else:
-            batch.states, texts, batch.sources = cast("list[Fields]", matched), datagrams, sources
-        outcomes = self._store.take(batch)
+            batch.states, texts, batch.sources = cast("list[FieldTexts]", matched), datagrams, sources
+        outcomes = self._store.apply(batch)
         if self._log is not None:
             logged_sources = batch.sources
             if outcomes.count(ACCEPTED) < len(outcomes):
@@ -336,8 +336,8 @@ class UdpListener:
         return taken, sources
 
     def _parse(
-        self, batch: Batch, matched: Sequence[Fields | None], datagrams: list[bytes], sources: list[bytes]
-    ) -> tuple[list[Fields], list[bytes], list[bytes]]:
+        self, batch: Batch, matched: Sequence[FieldTexts | None], datagrams: list[bytes], sources: list[bytes]
+    ) -> tuple[list[FieldTexts], list[bytes], list[bytes]]:
         """Parse what is not canonical; returns the valid states, each as its log line has it too, and their sources."""
         states, texts, valid_sources = [], [], []
         debug = logger.isEnabledFor(logging.DEBUG)
@@ -345,7 +345,7 @@ class UdpListener:
             fields, text = canonical, datagram
             if fields is None:
                 try:
-                    fields = parse_datagram(datagram).fields()
+                    fields = parse_datagram(datagram).texts()
                 except InvalidDatagram as error:
                     batch.invalid.append(error.reason)
                     if self._invalid.add():

@@ -64,7 +64,7 @@ def heartbeat(**changes: Any) -> bytes:
 
 def batch(at: float, wall_s: float, *datagrams: bytes, canonical: bool = True, source: str = "10.0.0.1:5000") -> Batch:
     """Valid datagrams as the listener hands them on: matched as canonical ones, or, if not `canonical`, parsed."""
-    states = [(match_canonical(one) if canonical else None) or parse_datagram(one).fields() for one in datagrams]
+    states = [(match_canonical(one) if canonical else None) or parse_datagram(one).texts() for one in datagrams]
     return Batch(at, wall_s, states, [json.dumps(source).encode()] * len(states))
 
 

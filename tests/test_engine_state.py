@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine_state import (
-    FIELDS,
+    FIELD_NAMES,
     FIELDS_JSON,
     MAX_DATAGRAM_BYTES,
     MAX_NESTING,
@@ -117,7 +117,7 @@ INVALID: dict[str, tuple[str, bytes]] = {
     "a word of JSON's": ("not_an_object", b" true\n"),
     "an infinity": ("not_json", b"Infinity"),
     "-Infinity": ("not_json", b"-Infinity"),
-    **{f"{name} twice, {at}": ("duplicate_field", one) for name in FIELDS for at, one in enumerate(twice(name))},
+    **{f"{name} twice, {at}": ("duplicate_field", one) for name in FIELD_NAMES for at, one in enumerate(twice(name))},
     "an unknown field twice": ("duplicate_field", datagram()[:-1] + b', "newer": 1, "newer": 1}'),
     "an unknown field twice, once escaped": ("duplicate_field", datagram()[:-1] + b', "newer": 1, "new\\u0065r": 2}'),
     "an empty name twice": ("duplicate_field", datagram()[:-1] + b', "": 1, "": 2}'),
@@ -140,10 +140,10 @@ INVALID: dict[str, tuple[str, bytes]] = {
     "a backslash at the end": ("not_json", b'"' + b'\\"' * 3500 + b"[" * (MAX_NESTING + 1) + b"\\"),
     "NaN in an unknown field": ("not_json", datagram(newer=float("nan"))),
     "a raw newline in a string": ("not_json", datagram(engine_id="@").replace(b"@", b"a\nb")),
-    **{f"without {name}": ("missing_field", without(name)) for name in FIELDS},
-    **{f"null as {name}": ("wrong_type", datagram(**{name: None})) for name in FIELDS},
-    **{f"an array as {name}": ("wrong_type", datagram(**{name: []})) for name in FIELDS},
-    **{f"true as {name}": ("wrong_type", datagram(**{name: True})) for name in FIELDS},
+    **{f"without {name}": ("missing_field", without(name)) for name in FIELD_NAMES},
+    **{f"null as {name}": ("wrong_type", datagram(**{name: None})) for name in FIELD_NAMES},
+    **{f"an array as {name}": ("wrong_type", datagram(**{name: []})) for name in FIELD_NAMES},
+    **{f"true as {name}": ("wrong_type", datagram(**{name: True})) for name in FIELD_NAMES},
     **{f"a numeric string as {name}": ("wrong_type", datagram(**{name: "1"})) for name in INTEGERS + NUMBERS},
     **{f"a number as {name}": ("wrong_type", datagram(**{name: 1})) for name in TEXTS},
     **{f"a fraction as {name}": ("wrong_type", datagram(**{name: 1.5})) for name in INTEGERS},
@@ -192,7 +192,7 @@ class Validity(unittest.TestCase):
             with self.subTest(name):
                 state = parse_datagram(one)
                 sent = json.loads(one, parse_int=lambda digits: int(digits[:20]))
-                self.assertEqual(state.as_dict(), {field: sent[field] for field in FIELDS})
+                self.assertEqual(state.as_dict(), {field: sent[field] for field in FIELD_NAMES})
 
     def test_invalid_datagrams_are_refused_with_their_reason(self) -> None:
         for name, (reason, one) in INVALID.items():
@@ -210,7 +210,7 @@ class Validity(unittest.TestCase):
             self.assertEqual(refused.exception.field, expected)
 
     def test_the_refusal_names_the_field(self) -> None:
-        for name in FIELDS:
+        for name in FIELD_NAMES:
             with self.subTest(name), self.assertRaises(InvalidDatagram) as refused:
                 parse_datagram(datagram(**{name: None}))
             self.assertEqual(refused.exception.field, name)
@@ -318,7 +318,7 @@ class Heartbeats(unittest.TestCase):
     """A heartbeat is a state whose five load fields are all placeholders, and nothing else is."""
 
     def assert_heartbeat(self, one: bytes, expected: bool) -> None:
-        self.assertIs(is_heartbeat(parse_datagram(one).fields()), expected)
+        self.assertIs(is_heartbeat(parse_datagram(one).texts()), expected)
         matched = match_canonical(one)
         if matched is not None:
             self.assertIs(is_heartbeat(matched), expected)
@@ -348,9 +348,9 @@ class Json(unittest.TestCase):
         for name, one in VALID.items():
             with self.subTest(name):
                 state = parse_datagram(one)
-                written = json.loads(b"{%b}" % (FIELDS_JSON % state.fields()))
+                written = json.loads(b"{%b}" % (FIELDS_JSON % state.texts()))
                 self.assertEqual(written, state.as_dict())
-                self.assertEqual(list(written), list(FIELDS))
+                self.assertEqual(list(written), list(FIELD_NAMES))
 
     def test_a_text_that_was_quoted_comes_back_and_so_does_one_that_others_wrote(self) -> None:
         texts = [parse_datagram(one).engine_id for one in VALID.values()]
@@ -364,7 +364,7 @@ class Json(unittest.TestCase):
         for line in CAPTURED.read_text().splitlines():
             sent: dict[str, Any] = json.loads(line)["state"]
             one = json.dumps(sent).encode()
-            self.assertEqual(b"{%b}" % (FIELDS_JSON % parse_datagram(one).fields()), one)
+            self.assertEqual(b"{%b}" % (FIELDS_JSON % parse_datagram(one).texts()), one)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from engine_state import (
     REASONS,
     EngineState,
     InvalidDatagram,
-    as_state,
-    hold,
+    decode_record,
+    decode_state,
+    encode_record,
     is_heartbeat,
-    is_same,
     match_all_canonical,
     match_canonical,
     parse_datagram,
-    split_held,
+    same_state,
 )
 from state_log import StateLog
 from state_store import StateStore
@@ -144,13 +144,16 @@ class Fuzz(unittest.TestCase):
                     state = parse_datagram(one)
                 except InvalidDatagram as error:
                     self.fail(f"datagram {number} is recognised, and {error}: {one!r}")
-                parsed = state.fields()
-                held, held_parsed = hold((*usual[1:], b"1795000000000")), hold((*parsed[1:], b"1795000000001"))
+                parsed = state.texts()
+                held, held_parsed = (
+                    encode_record((*usual[1:], b"1795000000000")),
+                    encode_record((*parsed[1:], b"1795000000001")),
+                )
                 if b"{%b}" % (FIELDS_JSON % usual) != one or json.loads(one) != state.as_dict():
                     self.fail(f"datagram {number} is logged as {usual} and parsed as {state}: {one!r}")
                 if usual[:2] != parsed[:2] or is_heartbeat(usual) is not is_heartbeat(parsed):
                     self.fail(f"datagram {number}: {usual} {parsed} from {one!r}")
-                if as_state(state.engine_id, held) != state or not is_same(held, held_parsed):
+                if decode_state(state.engine_id, held) != state or not same_state(held, held_parsed):
                     self.fail(f"datagram {number} is held as {held!r} and as {held_parsed!r}")
         self.assertGreater(recognised, 30_000)
 
@@ -174,11 +177,14 @@ class Fuzz(unittest.TestCase):
             except Exception as error:
                 self.fail(f"datagram {number}: {error!r} for {one!r}")
             taken += 1
-            fields = state.fields()
+            fields = state.texts()
             if not is_exactly_valid(state) or json.loads(b"{%b}" % (FIELDS_JSON % fields)) != state.as_dict():
                 self.fail(f"datagram {number}: {state} from {one!r}")
-            held = hold((*fields[1:], b"1795000000000"))
-            if repr(as_state(state.engine_id, held)) != repr(state) or tuple(split_held(held)[:-1]) != fields[1:]:
+            held = encode_record((*fields[1:], b"1795000000000"))
+            if (
+                repr(decode_state(state.engine_id, held)) != repr(state)
+                or tuple(decode_record(held)[:-1]) != fields[1:]
+            ):
                 self.fail(f"datagram {number}: {state} is held as {held!r}")
         self.assertGreater(taken, 4_000)
         self.assertGreater(refused, 50_000)
@@ -209,13 +215,13 @@ class Fuzz(unittest.TestCase):
                         assert honest is not None
                         self.assertEqual(honest.state.timestamp_ms, number)
                 self.take_all(listener, log)
-            tally = store.tally()
+            counters = store.counters()
             listener.close()
             log.close("gateway_stopped", "stopped")
-            self.assertEqual(tally.received, 5_100)
-            rejected = tally.invalid_states + tally.rejected_capacity + tally.rejected_source
-            self.assertEqual(tally.received, tally.valid_states + rejected)
-            self.assertEqual(len(logged_states(path)), tally.valid_states - tally.duplicates)
+            self.assertEqual(counters.received, 5_100)
+            rejected = counters.invalid_states + counters.rejected_capacity + counters.rejected_source
+            self.assertEqual(counters.received, counters.valid_states + rejected)
+            self.assertEqual(len(logged_states(path)), counters.valid_states - counters.duplicates)
             self.assertLessEqual(len(logged.records), 2, "a line a minute and kind of trouble")
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import state_metrics as metrics
 import state_query
-from engine_state import FIELDS
+from engine_state import FIELD_NAMES
 from state_entry import entry
 from state_query import Answer, Query, QueryError
 from state_store import StateStore
@@ -67,7 +67,7 @@ class QueryCase(unittest.TestCase):
         self.query = Query(self.store, self.gateway, Watch(self.store, 2000, clock=self.clock))
 
     def take(self, **changes: Any) -> None:
-        self.store.take(batch(self.clock(), WALL_S, datagram(**changes)))
+        self.store.apply(batch(self.clock(), WALL_S, datagram(**changes)))
 
     def get(self, target: str, status: int = 200) -> Any:
         answer = self.query.answer(target)
@@ -326,7 +326,7 @@ class EngineMetrics(QueryCase):
         )
         modes = self.samples()[prefix + "scheduling_mode_info"]
         self.assertEqual(modes, {(*labels, ("scheduling_mode", "latency_optimized")): 1})
-        self.assertEqual(len(FIELDS), 8, "a new field needs a series")
+        self.assertEqual(len(FIELD_NAMES), 8, "a new field needs a series")
 
     def test_any_name_is_escaped_and_comes_back(self) -> None:
         for engine_id in NASTY:
@@ -337,7 +337,7 @@ class EngineMetrics(QueryCase):
     def test_a_removed_engine_is_gone(self) -> None:
         self.take()
         self.clock.move(7)
-        self.store.drained(self.clock())
+        self.store.advance_watermark(self.clock())
         self.store.sweep()
         self.assertEqual(self.samples(), {})
 

@@ -23,7 +23,7 @@ WALL_S = 1755532567.5028431
 
 def append(log: StateLog, *states: Mapping[str, object]) -> None:
     """Append states, each with these changes, as the listener does."""
-    texts = [b"{%b}" % (FIELDS_JSON % parse_datagram(datagram(**changes)).fields()) for changes in states]
+    texts = [b"{%b}" % (FIELDS_JSON % parse_datagram(datagram(**changes)).texts()) for changes in states]
     log.append(WALL_S, texts, [b'"172.17.0.3:40000"'] * len(texts))
 
 

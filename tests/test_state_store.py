@@ -33,7 +33,7 @@ class StoreCase(unittest.TestCase):
 
     def send(self, store: StateStore | None = None, **changes: Any) -> str:
         """Take one datagram now; returns its outcome."""
-        (outcome,) = (store or self.store).take(self.batch(datagram(**changes)))
+        (outcome,) = (store or self.store).apply(self.batch(datagram(**changes)))
         return outcome
 
     def beat(self, **changes: Any) -> str:
@@ -46,7 +46,7 @@ class StoreCase(unittest.TestCase):
 
     def sweep(self) -> int:
         """Sweep, with everything taken that had arrived by now."""
-        self.store.drained(self.clock())
+        self.store.advance_watermark(self.clock())
         return self.store.sweep()
 
 
@@ -84,9 +84,9 @@ class Duplicates(StoreCase):
         self.assertEqual(
             [self.beat(timestamp_ms=1234567891) for _ in range(3)], ["heartbeat", "duplicate", "duplicate"]
         )
-        tally = self.store.tally()
-        self.assertEqual((tally.accepted, tally.heartbeats, tally.duplicates), (1, 1, 4))
-        self.assertEqual((tally.valid_states, tally.received), (6, 6))
+        counters = self.store.counters()
+        self.assertEqual((counters.accepted, counters.heartbeats, counters.duplicates), (1, 1, 4))
+        self.assertEqual((counters.valid_states, counters.received), (6, 6))
 
     def test_three_copies_of_a_late_datagram_are_one_late_and_two_duplicates(self) -> None:
         self.send(timestamp_ms=2000)
@@ -165,7 +165,7 @@ class OrderAndRestarts(StoreCase):
     def test_a_heartbeat_may_come_late_too(self) -> None:
         self.send(timestamp_ms=10_000)
         self.assertEqual(self.beat(timestamp_ms=9_900), "out_of_order")
-        self.assertEqual(self.store.tally().heartbeats, 0)
+        self.assertEqual(self.store.counters().heartbeats, 0)
 
 
 class LateLoad(StoreCase):
@@ -249,7 +249,7 @@ class HeartbeatRule(StoreCase):
             idle += self.view().heartbeat or self.view().state.pending_tokens_total == 0
             self.clock.move(0.010)
         self.assertEqual((looks, idle), (6000, 0))
-        self.assertEqual(self.store.tally().heartbeats, 30)
+        self.assertEqual(self.store.counters().heartbeats, 30)
 
     def test_a_heartbeat_is_heard_while_the_load_state_stays(self) -> None:
         self.send(timestamp_ms=1000)
@@ -289,7 +289,7 @@ class HeartbeatRule(StoreCase):
                 self.clock.move(0.1)
                 self.sweep()
                 self.assertEqual(len(self.store.views()), 1)
-        self.assertEqual(self.store.tally().expired_engines, 0)
+        self.assertEqual(self.store.counters().expired_engines, 0)
 
     def test_a_heartbeat_from_an_engine_whose_clock_went_back_is_order_s_new_start(self) -> None:
         self.send(timestamp_ms=3_600_000)
@@ -308,7 +308,7 @@ class Capacity(StoreCase):
         self.assertEqual(outcomes, {"rejected_capacity"})
         self.assertEqual(self.send(engine_id="b", timestamp_ms=1234567999), "accepted")
         self.assertEqual([view.state.engine_id for view in self.store.views()], ["a", "b", "c"])
-        self.assertEqual(self.store.tally().rejected_capacity, 1000)
+        self.assertEqual(self.store.counters().rejected_capacity, 1000)
 
     def test_a_place_is_free_again_once_an_engine_is_removed(self) -> None:
         self.store = self.make_store(max_engines=1)
@@ -331,7 +331,7 @@ class Life(StoreCase):
         self.clock.move(0.001)
         self.assertEqual(self.sweep(), 1)
         self.assertIsNone(self.store.view("test"))
-        self.assertEqual(self.store.tally().expired_engines, 1)
+        self.assertEqual(self.store.counters().expired_engines, 1)
 
     def test_staleness_is_judged_without_the_reaper(self) -> None:
         self.send()
@@ -350,11 +350,11 @@ class Life(StoreCase):
     def test_what_waits_in_the_socket_is_taken_before_anything_is_removed(self) -> None:
         """The gateway is paused for longer than the expiry, and the reaper wakes up before the listener."""
         self.send(timestamp_ms=1000)
-        self.store.drained(self.clock())
+        self.store.advance_watermark(self.clock())
         self.clock.move(10)
         self.assertEqual(self.store.sweep(), 0)
         self.send(timestamp_ms=11_000)
-        self.store.drained(self.clock())
+        self.store.advance_watermark(self.clock())
         self.assertEqual(self.store.sweep(), 0)
         self.assertEqual(self.view().status, "live")
 
@@ -465,7 +465,7 @@ class History(StoreCase):
         for number in range(300):
             self.send(engine_id=f"e{number % 3}", timestamp_ms=number)
         self.assertGreater(self.store._history_bytes, 0)
-        self.store.news()  # somebody watches, and is told of them later
+        self.store.collect_changes()  # somebody watches, and is told of them later
         self.clock.move(7)
         self.sweep()
         self.assertEqual(self.store._history_bytes, 0)
@@ -486,10 +486,15 @@ class Counters(StoreCase):
 
         def look() -> None:
             while not done.is_set():
-                tally = self.store.tally()
-                total = tally.valid_states + tally.invalid_states + tally.rejected_capacity + tally.rejected_source
-                if total != tally.received or tally.received % 53:
-                    wrong.append(tally)
+                counters = self.store.counters()
+                total = (
+                    counters.valid_states
+                    + counters.invalid_states
+                    + counters.rejected_capacity
+                    + counters.rejected_source
+                )
+                if total != counters.received or counters.received % 53:
+                    wrong.append(counters)
                 for view in self.store.views():
                     if view.age_ms > view.state_age_ms:
                         wrong.append(view)
@@ -498,17 +503,17 @@ class Counters(StoreCase):
         for reader in readers:
             reader.start()
         for _ in range(1000):
-            self.store.take(some)
+            self.store.apply(some)
         done.set()
         for reader in readers:
             reader.join()
         self.assertEqual(wrong, [])
-        self.assertEqual(self.store.tally().received, 53_000)
-        self.assertEqual(self.store.tally().invalid["too_large"], 1000)
+        self.assertEqual(self.store.counters().received, 53_000)
+        self.assertEqual(self.store.counters().invalid["too_large"], 1000)
 
     def test_a_copy_does_not_change(self) -> None:
-        before = self.store.tally()
-        self.store.take(Batch(self.clock(), WALL_S, invalid=["not_json"]))
+        before = self.store.counters()
+        self.store.apply(Batch(self.clock(), WALL_S, invalid=["not_json"]))
         self.assertEqual((before.received, before.invalid["not_json"]), (0, 0))
 
     @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
@@ -518,7 +523,7 @@ class Counters(StoreCase):
         for line in CAPTURED.read_text().splitlines():
             self.assertEqual(self.send(**json.loads(line)["state"]), "accepted")
             self.clock.move(0.2)
-        self.assertEqual(self.store.tally().accepted, 295)
+        self.assertEqual(self.store.counters().accepted, 295)
 
 
 class Names(StoreCase):
@@ -534,7 +539,7 @@ class Names(StoreCase):
         for name in ("a\ud800", "a", "aA", '"a?"', "", "\\ud83d\\ude00"):
             self.assertIsNone(self.store.view(name), name)
             self.assertIsNone(self.store.history(name), name)
-            self.assertEqual(self.store.rows_of([name])[1], [])
+            self.assertEqual(self.store.snapshot_of([name])[1], [])
 
 
 class Mixed(StoreCase):
@@ -552,7 +557,7 @@ class Mixed(StoreCase):
             datagram(),
         ):
             with self.subTest(one):
-                self.assertEqual(self.store.take(self.batch(one)), ["duplicate"])
+                self.assertEqual(self.store.apply(self.batch(one)), ["duplicate"])
 
     def test_what_a_reader_sees_is_the_parsed_state(self) -> None:
         self.send(latency_pred_ms=16.11793779048644)

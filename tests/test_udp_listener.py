@@ -17,7 +17,7 @@ from unittest import mock
 
 from engine_state import MAX_DATAGRAM_BYTES, REASONS
 from state_log import StateLog
-from state_store import Batch, StateStore, Tally
+from state_store import Batch, DatagramCounters, StateStore
 from tests.harness import DEADLINE_S, FakeClock, datagram, heartbeat, ipv6_works, logged_states, wait_until
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import (
@@ -77,17 +77,17 @@ class ListenerCase(unittest.TestCase):
             for one in datagrams:
                 sock.sendto(one, (host, self.port))
 
-    def take_all(self, listener: UdpListener) -> Tally:
+    def take_all(self, listener: UdpListener) -> DatagramCounters:
         """Take what waits in the sockets; loopback delivers before `sendto` returns."""
         while listener.step(0):
             pass
         self.log.step()
-        return self.store.tally()
+        return self.store.counters()
 
-    def assert_adds_up(self, tally: Tally) -> None:
-        rejected = tally.invalid_states + tally.rejected_capacity + tally.rejected_source
-        self.assertEqual(tally.received, tally.valid_states + rejected)
-        self.assertEqual(len(logged_states(self.log_path)), tally.valid_states - tally.duplicates)
+    def assert_adds_up(self, counters: DatagramCounters) -> None:
+        rejected = counters.invalid_states + counters.rejected_capacity + counters.rejected_source
+        self.assertEqual(counters.received, counters.valid_states + rejected)
+        self.assertEqual(len(logged_states(self.log_path)), counters.valid_states - counters.duplicates)
 
 
 class Datagrams(ListenerCase):
@@ -101,10 +101,10 @@ class Datagrams(ListenerCase):
                 self.send(one, datagram(engine_id="good", timestamp_ms=number))
                 expected[reason] += 1
                 with self.subTest(name):
-                    tally = self.take_all(listener)
-                    self.assertEqual(tally.invalid, expected)
-                    self.assertEqual(tally.accepted, number + 1)
-                    self.assert_adds_up(tally)
+                    counters = self.take_all(listener)
+                    self.assertEqual(counters.invalid, expected)
+                    self.assertEqual(counters.accepted, number + 1)
+                    self.assert_adds_up(counters)
         self.assertEqual(len(logged.records), 1, "more than one line in a minute of the clock")
         self.assertEqual([view.state.engine_id for view in self.store.views()], ["good"])
 
@@ -125,10 +125,10 @@ class Datagrams(ListenerCase):
         for one in VALID.values():
             self.send(one)
             self.clock.move(2.5)
-        tally = self.take_all(listener)
-        self.assertEqual(tally.received, len(VALID))
-        self.assertEqual(tally.invalid_states, 0)
-        self.assert_adds_up(tally)
+        counters = self.take_all(listener)
+        self.assertEqual(counters.received, len(VALID))
+        self.assertEqual(counters.invalid_states, 0)
+        self.assert_adds_up(counters)
 
     def test_a_longer_datagram_is_never_taken_for_its_beginning(self) -> None:
         listener = self.listen()
@@ -137,14 +137,16 @@ class Datagrams(ListenerCase):
             self.send(whole + b" " * (size - len(whole)))
         self.send(whole + b" " * (MAX_DATAGRAM_BYTES - len(whole)))
         with self.assertLogs("elrar.listener"):
-            tally = self.take_all(listener)
-        self.assertEqual((tally.invalid["too_large"], tally.accepted), (3, 1))
+            counters = self.take_all(listener)
+        self.assertEqual((counters.invalid["too_large"], counters.accepted), (3, 1))
 
     def test_a_log_line_for_each_state_but_not_for_its_copies(self) -> None:
         listener = self.listen()
         self.send(*[datagram(timestamp_ms=1000)] * 3, datagram(timestamp_ms=900), heartbeat(timestamp_ms=1100))
-        tally = self.take_all(listener)
-        self.assertEqual((tally.accepted, tally.duplicates, tally.out_of_order, tally.heartbeats), (1, 2, 1, 1))
+        counters = self.take_all(listener)
+        self.assertEqual(
+            (counters.accepted, counters.duplicates, counters.out_of_order, counters.heartbeats), (1, 2, 1, 1)
+        )
         self.assertEqual([state["timestamp_ms"] for state in logged_states(self.log_path)], [1000, 900, 1100])
 
     def test_more_than_a_batch_is_taken_in_order(self) -> None:
@@ -152,8 +154,8 @@ class Datagrams(ListenerCase):
         count = 3 * BATCH_DATAGRAMS + 5
         self.send(*(datagram(timestamp_ms=number) for number in range(count)))
         self.assertEqual(listener.step(0), count)
-        tally = self.take_all(listener)
-        self.assertEqual(tally.accepted, count)
+        counters = self.take_all(listener)
+        self.assertEqual(counters.accepted, count)
         self.assertEqual([state["timestamp_ms"] for state in logged_states(self.log_path)], list(range(count)))
 
     def test_debug_says_what_became_of_each(self) -> None:
@@ -203,8 +205,8 @@ class Sources(ListenerCase):
         listener = self.listen("127.0.0.1", "10.0.0.0/8")
         with self.assertLogs("elrar.listener", "WARNING"):
             self.send(datagram(), b"junk")
-            tally = self.take_all(listener)
-        self.assertEqual((tally.rejected_source, tally.invalid_states, tally.accepted), (2, 0, 0))
+            counters = self.take_all(listener)
+        self.assertEqual((counters.rejected_source, counters.invalid_states, counters.accepted), (2, 0, 0))
         self.assertEqual(self.store.views(), [])
 
     def test_an_ipv4_sender_on_an_ipv6_socket_is_in_its_ipv4_network(self) -> None:
@@ -219,8 +221,8 @@ class Sources(ListenerCase):
         with self.assertLogs("elrar.listener", "WARNING"):
             self.send(datagram(), host="127.0.0.1")
             self.send(datagram(engine_id="six"), host="::1")
-            tally = self.take_all(listener)
-        self.assertEqual((tally.accepted, tally.rejected_source), (1, 1))
+            counters = self.take_all(listener)
+        self.assertEqual((counters.accepted, counters.rejected_source), (1, 1))
         self.assertEqual([view.source.rpartition(":")[0] for view in self.store.views()], ["127.0.0.1"])
 
 
@@ -232,7 +234,7 @@ class Addresses(ListenerCase):
         for address in ("0.0.0.0", "127.0.0.1", "::"):
             with self.subTest(address):
                 listener = self.listen(address)
-                before = self.store.tally().received
+                before = self.store.counters().received
                 self.send(datagram(engine_id=address + "4"), host="127.0.0.1")
                 self.send(datagram(engine_id=address + "6"), host="::1")
                 self.assertEqual(self.take_all(listener).received - before, 2)
@@ -268,11 +270,11 @@ class KernelBuffer(ListenerCase):
         sent = 500
         self.send(*(datagram(timestamp_ms=number) for number in range(sent)))
         with self.assertLogs("elrar.listener", "WARNING") as logged:
-            tally = self.take_all(listener)
+            counters = self.take_all(listener)
         self.assertIn("the kernel dropped datagrams", logged.output[0])
         self.assertIn("RECEIVE_BUFFER", logged.output[0])
-        self.assertLess(tally.received, sent)
-        self.assertEqual(tally.received + (listener.kernel_dropped() or 0), sent)
+        self.assertLess(counters.received, sent)
+        self.assertEqual(counters.received + (listener.kernel_dropped() or 0), sent)
 
     def test_the_granted_buffer_is_in_the_unit_that_was_asked_for(self) -> None:
         for sock in open_sockets("127.0.0.1", 0, 100_000):
@@ -373,7 +375,7 @@ class CatchingUp(ListenerCase):
             self.send(*(datagram(timestamp_ms=number) for number in range(sent, sent + count)))
             sent += count
             listener.catch_up(DEADLINE_S)
-            self.assertEqual(self.store.tally().received, sent)
+            self.assertEqual(self.store.counters().received, sent)
 
     def test_naps_are_short_where_somebody_looks_who_does_not_ask_for_that(self) -> None:
         self.clock = MovingClock()
@@ -384,7 +386,7 @@ class CatchingUp(ListenerCase):
         ):
             with self.subTest(prompt=prompt, watched=watched):
                 if watched:
-                    self.store.news()
+                    self.store.collect_changes()
                 listener = self.listen(prompt=prompt)
                 how_long = self.run_napping(listener)
                 self.send(datagram())
@@ -412,7 +414,7 @@ class CatchingUp(ListenerCase):
             taken.append(batch.received_at)
             return []
 
-        with mock.patch.object(self.store, "take", ask_meanwhile):
+        with mock.patch.object(self.store, "apply", ask_meanwhile):
             listener.step(0)
         self.assertEqual(len(taken), 1)
 
@@ -448,7 +450,7 @@ class CatchingUp(ListenerCase):
         listener = self.listen()  # nobody runs it
         self.send(datagram())
         listener.catch_up(0.001)
-        self.assertEqual(self.store.tally().received, 0)
+        self.assertEqual(self.store.counters().received, 0)
         self.assertEqual(self.take_all(listener).received, 1)
 
 

@@ -71,7 +71,7 @@ class WatchCase(unittest.TestCase):
     def setUp(self) -> None:
         self.clock = FakeClock()
         self.store = StateStore(2000, 6000, self.max_engines, 3, clock=self.clock)
-        self.store.drained(self.clock())
+        self.store.advance_watermark(self.clock())
         self.watch = Watch(self.store, 2000, clock=self.clock, wall_clock=lambda: 1_795_000_000.0)
         self.gateway = AnyGateway()
         self.query = Query(self.store, self.gateway, self.watch)
@@ -83,11 +83,11 @@ class WatchCase(unittest.TestCase):
         for engine_id in engine_ids:
             self.sent += 1
             datagrams.append(datagram(**{"engine_id": engine_id, "timestamp_ms": 10**12 + self.sent, **changes}))
-        self.store.take(batch(self.clock(), 1_795_000_000.5, *datagrams))
+        self.store.apply(batch(self.clock(), 1_795_000_000.5, *datagrams))
 
     def move(self, seconds: float) -> None:
         self.clock.move(seconds)
-        self.store.drained(self.clock())
+        self.store.advance_watermark(self.clock())
         self.store.sweep()
 
     def open(self, target: str = "/watch", last_event_id: str = "") -> WatchReader:
@@ -155,7 +155,7 @@ class Order(WatchCase):
         reader = self.watching()
         self.push("a")
         self.read(reader, 1.0)
-        self.store.take(batch(self.clock(), 1.0, heartbeat(engine_id="a", timestamp_ms=2 * 10**12)))
+        self.store.apply(batch(self.clock(), 1.0, heartbeat(engine_id="a", timestamp_ms=2 * 10**12)))
         (event,) = self.read(reader, 0.5)
         self.assertEqual((event.kind, event.data["age_ms"], event.data["state_age_ms"]), ("state", 500, 1500))
         self.assertFalse(event.data["heartbeat"])
