@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import gateway as gateway_module
+import embedded_gateway
 from config import ConfigError, read_config
-from gateway import StartError, StateGateway, get_state_gateway
+from gateway import VERSION, StartError, StateGateway, get_state_gateway
 from tests.harness import (
     DEADLINE_S,
     TOP,
@@ -92,7 +92,7 @@ class Statistics(GatewayCase):
             "bind_address": "127.0.0.1",
             "udp_port": gateway.udp_port,
             "stale_threshold_ms": 2000,
-            "version": gateway_module.VERSION,
+            "version": VERSION,
             "active_engines": 1,
             "total_engines": 1,
             "total_received": 8,
@@ -152,7 +152,7 @@ class Statistics(GatewayCase):
             {outcome: n for outcome, n in outcomes.items() if n}, {"accepted": 1, "duplicate": 1, "invalid": 1}
         )
         (info,) = samples["elrar_state_gateway_info"]
-        self.assertEqual(dict(info)["version"], gateway_module.VERSION)
+        self.assertEqual(dict(info)["version"], VERSION)
         ((_, known),) = [
             (s, n) for s, n in samples["elrar_state_gateway_engines"].items() if s == (("status", "live"),)
         ]
@@ -346,9 +346,9 @@ class FromPython(GatewayCase):
         self.addCleanup(self.forget)
 
     def forget(self) -> None:
-        if gateway_module._process_gateway is not None:
-            gateway_module._process_gateway.shutdown()
-        gateway_module._process_gateway = None
+        if embedded_gateway._process_gateway is not None:
+            embedded_gateway._process_gateway.shutdown()
+        embedded_gateway._process_gateway = None
 
     def get(self, **settings: object) -> StateGateway:
         with environment(**{**LOOPBACK, "LOG_FILE": self.log_file, **settings}):

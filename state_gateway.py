@@ -1,0 +1,496 @@
+"""The gateway: opens the sockets and the state log, creates the threads, and stops them.
+
+This is the one place that opens sockets and files, creates threads, and stops them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from config import BROADCAST, PREFIX, UNICAST, Config
+from engine_state import EngineState
+from http_server import HttpServer
+from state_entry import entry
+from state_log import LogCounters, StateLog
+from state_query import Query
+from state_store import Reaper, StateStore
+from state_watch import Watch
+from udp_listener import UdpListener, format_address, granted_receive_buffer, listen_address, open_sockets
+
+VERSION = "1.0.0"
+
+STUCK_AFTER_S = 10.0
+LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
+CATCH_UP_S = 0.005  # that an answer waits, at most, for what had arrived before it was asked for
+HTTP_BACKLOG = 512
+BIND_PATIENCE_S = 0.5
+PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
+
+logger = logging.getLogger("elrar.gateway")
+
+
+class StartError(Exception):
+    """Something could not be opened; the text says what, why, and what to do."""
+
+
+class _Part:
+    """A component and its thread."""
+
+    def __init__(self, name: str, component: Any, on_end: Callable[[str, bool], None], stuck_after_s: float) -> None:
+        self.name = name
+        self.component = component
+        self._on_end = on_end
+        self._stuck_after_s = stuck_after_s
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _run(self) -> None:
+        failed = False
+        try:
+            self.component.run()
+        except BaseException:
+            failed = True
+            logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
+        self._on_end(self.name, failed)
+
+    def moves(self, now: float) -> bool:
+        """Whether the thread is alive and has lately got round to its loop."""
+        return self.thread.is_alive() and now - self.component.moved_at < self._stuck_after_s
+
+    def stop(self, timeout_s: float) -> bool:
+        """Stop the component and wait for its thread; False where it has not ended in time."""
+        self.component.stop()
+        if self.thread.ident is not None and self.thread is not threading.current_thread():
+            self.thread.join(timeout_s)
+            return not self.thread.is_alive()
+        return True
+
+
+class StateGateway:
+    """The gateway: `open` everything, then `start` everything, and `shutdown` in the order in which the data flows.
+
+    Once it is started, every public method may be called from any thread, and what it returns is the caller's own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_death: Callable[[str], None] | None = None,
+        own_log_dropped: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`on_death` is called with a thread's name when it dies; without it the gateway shuts itself down then."""
+        self.config = config
+        self._on_death = on_death
+        self._own_log_dropped = own_log_dropped
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._instance = secrets.token_hex(8)
+        self._started_at = clock()
+        self._pid = os.getpid()
+        self._ready = False
+        self._stopping = False
+        self._died_of: str | None = None
+        self._shutdown_lock = threading.Lock()  # held for the whole of a shutdown, so that a second one waits for it
+        self._is_shut_down = False
+        self._parts: list[_Part] = []
+        self._store = StateStore(
+            config.stale_threshold_ms, config.expire_after_ms, config.max_engines, config.history, clock=clock
+        )
+        self._watch = Watch(self._store, config.stale_threshold_ms, clock=clock, wall_clock=wall_clock)
+        self._sockets: list[socket.socket] = []
+        self._log: StateLog | None = None
+        self._http: HttpServer | None = None
+        self.udp_port = config.udp_port  # the numbers that are really bound, once it is open
+        self.http_port = config.http_port
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Bind the ports and open the state log; raises StartError, with everything closed again, where it cannot."""
+        config = self.config
+        self.address = listen_address(config.network_mode, config.bind_address)
+        if self.address != config.bind_address:
+            logger.warning(
+                "broadcast mode listens on all interfaces, %sBIND_ADDRESS=%s is not used", PREFIX, config.bind_address
+            )
+        try:
+            with contextlib.ExitStack() as opened:
+                self._open(opened)
+                opened.pop_all()
+        except OSError as error:
+            raise StartError(f"cannot start: {error}") from error
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        config = self.config
+        http_socket = self._bind_ports_patiently()
+        for sock in (*self._sockets, *([http_socket] if http_socket else ())):
+            opened.callback(sock.close)
+        self._report_receive_buffer()
+        self._log_path = os.path.abspath(config.log_file)  # now, since the working folder may go away or change
+        if config.enable_log:
+            self._log = self._open_log()
+            opened.callback(self._log.abandon)
+        self._listener = UdpListener(
+            self._sockets,
+            self._store,
+            self._log,
+            allowed_sources=config.allowed_sources,
+            prompt=self._on_death is None,  # in a router's process
+            clock=self._clock,
+            wall_clock=self._wall_clock,
+        )
+        opened.callback(self._listener.abandon)
+        reaper = Reaper(self._store, config.expire_after_ms, clock=self._clock)
+        parts = [
+            _Part("udp-listener", self._listener, self._thread_ended, STUCK_AFTER_S),
+            _Part("reaper", reaper, self._thread_ended, STUCK_AFTER_S),
+        ]
+        if self._log is not None:
+            parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
+        if http_socket is not None:
+            query = Query(self._store, self, self._watch)
+            self._http = HttpServer(
+                http_socket,
+                query.answer,
+                idle_timeout_s=config.http_idle_timeout_s,
+                clock=self._clock,
+                wall_clock=self._wall_clock,
+            )
+            parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
+        self._parts = parts
+
+    def _bind_ports_patiently(self) -> socket.socket | None:
+        """Bind the ports, and give a gateway that is just stopping half a second to let go of them."""
+        deadline = time.monotonic() + BIND_PATIENCE_S
+        while True:
+            try:
+                return self._bind_ports()
+            except StartError as error:
+                in_use = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
+                if not in_use or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def _bind_ports(self) -> socket.socket | None:
+        """Bind the UDP sockets and return the HTTP one, where it is wanted."""
+        config = self.config
+        any_number_for_both = config.udp_port == 0 and config.http_follows_udp
+        for remaining in range(PORT_TRIES if any_number_for_both else 1, 0, -1):
+            try:
+                self._sockets = open_sockets(self.address, config.udp_port, config.receive_buffer)
+            except OSError as error:
+                raise StartError(_cannot_listen("UDP", self.address, config.udp_port, error)) from error
+            self.udp_port = self._sockets[0].getsockname()[1]
+            if config.http_port is None:
+                return None
+            http_port = self.udp_port if config.http_follows_udp else config.http_port
+            try:
+                http_socket = _open_http_socket(self.address, http_port)
+            except OSError as error:
+                for sock in self._sockets:
+                    sock.close()
+                if error.errno != errno.EADDRINUSE or remaining == 1:
+                    raise StartError(_cannot_listen("TCP", self.address, http_port, error)) from error
+            else:
+                self.http_port = http_socket.getsockname()[1]
+                return http_socket
+        raise AssertionError  # the last try returns or raises
+
+    def _report_receive_buffer(self) -> None:
+        granted = granted_receive_buffer(self._sockets[0])
+        if granted < self.config.receive_buffer:
+            logger.warning(
+                "the kernel granted a smaller receive buffer asked=%d granted=%d, so that bursts may be lost: raise it"
+                " with `sysctl -w net.core.rmem_max=%d`, or set %sRECEIVE_BUFFER to what is granted",
+                self.config.receive_buffer,
+                granted,
+                self.config.receive_buffer,
+                PREFIX,
+            )
+        self._receive_buffer_bytes = granted
+
+    def _open_log(self) -> StateLog:
+        config = self.config
+        log = StateLog(
+            self._log_path,
+            config.log_max_bytes,
+            config.log_backups,
+            clock=self._clock,
+            wall_clock=self._wall_clock,
+        )
+        try:
+            log.open("gateway_started", self.describe(), **self._identity())
+        except OSError as error:
+            raise StartError(_cannot_log(log.path, error)) from error
+        return log
+
+    def start(self) -> None:
+        """Start every thread; everything is open by now."""
+        self._ready = True  # first, because a thread that dies at once takes it back
+        try:
+            for part in self._parts:
+                part.thread.start()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def describe(self) -> str:
+        """The network mode, and what was really bound."""
+        udp = [format_address(*sock.getsockname()[:2]) for sock in self._sockets]
+        http_at = "off" if self.http_port is None else f"http://{format_address(self.address, self.http_port)}"
+        log = self._log_path if self.config.enable_log else "off"
+        return f"network mode: {self.config.network_mode}, UDP {' and '.join(udp)}, HTTP {http_at}, state log {log}"
+
+    def reopen_log(self) -> None:
+        """Open the state log anew, as after SIGHUP."""
+        if self._log is not None:
+            self._log.reopen()
+
+    def _thread_ended(self, name: str, failed: bool) -> None:
+        if failed or not self._stopping:
+            self._died_of = name
+        if self._stopping:
+            return
+        self._ready = False
+        if self._on_death is not None:
+            self._on_death(name)
+        else:
+            threading.Thread(target=self.shutdown, name="gateway-shutdown", daemon=True).start()
+
+    @property
+    def died_of(self) -> str | None:
+        """The name of the thread that died, if one has."""
+        return self._died_of
+
+    def shutdown(self) -> None:
+        """Stop: intake first, then the log once it has everything, then the answers. Within 5 s; twice is harmless."""
+        if os.getpid() != self._pid:
+            return  # a forked child: the threads, and the files' contents, are its parent's
+        with self._shutdown_lock:
+            if self._is_shut_down or not self._parts:
+                return
+            self._ready = False
+            self._stopping = True
+            if self._http is not None:
+                self._http.refuse_new()  # the next gateway may have the port at once
+            # The answers' 0.8 s are kept for the end; a slow disk has all that the others leave of the rest.
+            log_deadline = time.monotonic() + 3.8
+            for part in self._parts:
+                timeout_s = {"udp-listener": 1.5, "reaper": 0.3, "query-server": 0.8}.get(part.name)
+                ended = part.stop(max(0.1, log_deadline - time.monotonic()) if timeout_s is None else timeout_s)
+                if not ended:
+                    logger.error("gave up waiting for a thread thread=%s", part.name)
+                if part.component is self._log:
+                    self._end_log(self._log, ended)
+                elif ended and part.name != "reaper":
+                    part.component.close()
+            self._is_shut_down = True
+
+    def _end_log(self, log: StateLog, ended: bool) -> None:
+        if ended:
+            stats = self.get_stats()
+            stopped = {name: stats[name] for name in _FINAL_COUNTERS}
+            given_up = log.close("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
+        else:
+            given_up = log.give_up()  # its disk hangs
+        if given_up:
+            logger.error("gave up on states that could not be written states=%d file=%s", given_up, log.path)
+
+    def abandon(self) -> None:
+        """Close the descriptors that a forked child has of its parent's gateway; takes no lock, writes nothing."""
+        for part in self._parts:
+            if part.name != "reaper":
+                part.component.abandon()
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> str:
+        """The version of the gateway."""
+        return VERSION
+
+    def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
+        """The eight fields of every known engine, live or stale, by engine_id; the caller may change it in place.
+
+        Raises RuntimeError where the gateway was shut down, where one of its threads died, and in a forked child.
+        """
+        self._refuse_if_gone()
+        return {view.engine_id: view.state.as_dict() for view in self._store.views()}
+
+    def get_engine_snapshot(self) -> dict[str, dict[str, Any]]:
+        """As `get_engine_states_dict`, with what /engines says of freshness too: status, age_ms, heartbeat, ..."""
+        self._refuse_if_gone()
+        return {view.engine_id: entry(view) for view in self._store.views()}
+
+    def get_engine_state(self, engine_id: str) -> EngineState | None:
+        """The state of one engine, live or stale, or None where it is not known; raises RuntimeError as above."""
+        self._refuse_if_gone()
+        view = self._store.view(engine_id)
+        return None if view is None else EngineState(**view.state.as_dict())
+
+    def get_active_engines_count(self) -> int:
+        """How many engines are live; raises RuntimeError as above."""
+        self._refuse_if_gone()
+        return self._store.counts()[0]
+
+    def get_total_engines_count(self) -> int:
+        """How many engines are known, live or stale; raises RuntimeError as above."""
+        self._refuse_if_gone()
+        return self._store.counts()[1]
+
+    def _refuse_if_gone(self) -> None:
+        """Raise where no new state can come any more: an old table must not pass for the present one."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("this is the state gateway of the parent process; read it over HTTP, at /engines")
+        if self._died_of is not None:
+            raise RuntimeError(f"the state gateway has stopped: its thread {self._died_of} died, see the log")
+        if self._stopping:
+            raise RuntimeError("the state gateway was shut down")
+
+    def get_stats(self) -> dict[str, Any]:
+        """The document of /stats; the counters of datagrams are of one moment and add up. Also after `shutdown`."""
+        counters = self._store.counters()
+        live, total = self._store.counts()
+        log = LogCounters() if self._log is None else self._log.counters()
+        mode = self.config.network_mode
+        return {
+            **self._identity(),
+            "uptime_s": round(self._clock() - self._started_at, 3),
+            "active_engines": live,
+            "total_engines": total,
+            "total_received": counters.received,
+            "valid_states": counters.valid_states,
+            "invalid_states": counters.invalid_states,
+            "valid_rate": counters.valid_states / counters.received if counters.received else 0.0,
+            "unicast_received": counters.received if mode == UNICAST else 0,
+            "broadcast_received": counters.received if mode == BROADCAST else 0,
+            "heartbeats": counters.heartbeats,
+            "duplicates": counters.duplicates,
+            "out_of_order": counters.out_of_order,
+            "rejected_capacity": counters.rejected_capacity,
+            "rejected_source": counters.rejected_source,
+            "expired_engines": counters.expired_engines,
+            "invalid_reasons": counters.invalid,
+            "last_received": counters.last_received_s,
+            "receive_buffer_bytes": self._receive_buffer_bytes,
+            "kernel_dropped": self._listener.kernel_dropped(),
+            "log": {
+                "enabled": self.config.enable_log,
+                "file": self._log_path,
+                "written": log.written,
+                "dropped": log.dropped,
+                "errors": log.errors,
+                "rotations": log.rotations,
+            },
+            "http": {
+                "connections": 0 if self._http is None else self._http.connections,
+                "requests": 0 if self._http is None else self._http.requests,
+                "rejected_connections": 0 if self._http is None else self._http.rejected_connections,
+            },
+            "watch": {
+                "readers": self._watch.readers,
+                "events": self._watch.events,
+                "merged_events": self._watch.merged_events,
+                "rejected_readers": self._watch.rejected_readers,
+            },
+            "own_log_dropped": self._own_log_dropped(),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "instance": self._instance,
+            "network_mode": self.config.network_mode,
+            "bind_address": self.address,
+            "udp_port": self.udp_port,
+            "http_port": self.http_port,
+            "stale_threshold_ms": self.config.stale_threshold_ms,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What heads the document of /engines."""
+        return {
+            "instance": self._instance,
+            "uptime_ms": int((self._clock() - self._started_at) * 1000),
+            "time_ms": int(self._wall_clock() * 1000),
+            "stale_threshold_ms": self.config.stale_threshold_ms,
+        }
+
+    def catch_up(self) -> None:
+        """Have everything taken that has arrived by now; waits for that, CATCH_UP_S at most. For the query server."""
+        self._listener.catch_up(CATCH_UP_S)
+
+    def threads(self) -> dict[str, bool]:
+        """For each thread, by name, whether it is alive and moving."""
+        now = self._clock()
+        # After a pause of the whole process every thread is late for a moment, and none is stuck.
+        resumed = self._http is not None and now - self._http.resumed_at < 1.0
+        return {part.name: part.moves(now) or (resumed and part.thread.is_alive()) for part in self._parts}
+
+    def is_ready(self) -> bool:
+        """Whether everything is open and nothing is stopping."""
+        return self._ready
+
+
+_FINAL_COUNTERS = (
+    "uptime_s", "total_engines", "total_received", "valid_states", "invalid_states", "heartbeats", "duplicates",
+    "out_of_order", "rejected_capacity", "rejected_source", "expired_engines", "invalid_reasons", "kernel_dropped",
+)  # fmt: skip
+
+
+def _open_http_socket(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # For TCP this lets a restart bind while old connections time out; two listeners are still impossible.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
+        sock.setblocking(False)
+        sock.bind(socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)[0][4])
+        sock.listen(HTTP_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _cannot_listen(protocol: str, address: str, port: int, error: OSError) -> str:
+    variable = PREFIX + ("UDP_PORT" if protocol == "UDP" else "HTTP_PORT")
+    problem = f"cannot listen on {protocol} {format_address(address, port)}: {error.strerror}"
+    if error.errno == errno.EADDRINUSE:
+        flag = "u" if protocol == "UDP" else "t"
+        return (
+            f"{problem}; another process has the port, perhaps another gateway: see which with"
+            f" `ss -l{flag}np 'sport = :{port}'` or `lsof -i :{port}` as root, stop it, or set another {variable}."
+            " Where another process of the same router runs the gateway, that one can be read over HTTP at /engines"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"{problem}; no interface of this host has that address: `ip addr` shows those that there are, and"
+            f" {PREFIX}BIND_ADDRESS=0.0.0.0 listens on all of them"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{problem}; a port below 1024 needs root or CAP_NET_BIND_SERVICE: set {variable} to 1024 or above"
+    return f"{problem}; see {PREFIX}BIND_ADDRESS and {variable}"
+
+
+def _cannot_log(path: str, error: OSError) -> str:
+    problem = f"cannot open the state log {path}: {error.strerror}"
+    if error.errno == errno.ENXIO:
+        problem += " (a FIFO that nobody reads, or a socket)"
+    return (
+        f"{problem}; set {PREFIX}LOG_FILE to a file that this user can write, with room on its disk, or"
+        f" {PREFIX}ENABLE_LOG=false"
+    )
