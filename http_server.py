@@ -167,7 +167,8 @@ _IDLE, _READING, _WRITING, _LINGERING, _STREAMING = range(5)
 
 class _Connection:
     __slots__ = (
-        "deadline", "keep_alive", "peer", "phase", "queued", "received", "reserve", "sock", "unsent", "unsent_bytes",
+        "chunked", "deadline", "keep_alive", "peer", "phase", "queued", "received", "reserve", "sock", "unsent",
+        "unsent_bytes",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, peer: str, deadline: float, reserve: bool) -> None:
@@ -178,6 +179,7 @@ class _Connection:
         self.phase = _READING
         self.queued = False  # waits for its turn to be answered
         self.keep_alive = True
+        self.chunked = False  # a stream goes out in chunks
         self.received = bytearray()
         self.unsent: list[memoryview] = []
         self.unsent_bytes = 0  # of the answer, when it was made
@@ -449,7 +451,7 @@ class HttpServer:
             return
         if text:
             connection.deadline = self._clock() + RESPONSE_DEADLINE_S
-            self._send_all(connection, [text])
+            self._send_all(connection, [b"%x\r\n" % len(text), text, b"\r\n"] if connection.chunked else [text])
 
     def _cut_off_stuck_streams(self, now: float) -> None:
         """Others wait for the room that these take: they are not given the whole RESPONSE_DEADLINE_S."""
@@ -460,6 +462,9 @@ class HttpServer:
 
     def _end_streams(self) -> None:
         for connection in list(self._streaming):
+            if connection.chunked and not connection.unsent:
+                with contextlib.suppress(OSError):
+                    connection.sock.send(b"0\r\n\r\n")  # so that it ends, and does not break off
             self._close(connection)
 
     def _serve(self, connection: _Connection) -> None:
@@ -526,7 +531,12 @@ class HttpServer:
         """Send the head; the rest follows for as long as the reader stays, and the connection ends with it."""
         self.requests += 1
         connection.keep_alive = False
-        head = self._head(200, stream.content_type, ["Connection: close", "X-Accel-Buffering: no"])
+        lines = ["Connection: close", "X-Accel-Buffering: no"]
+        # Where nothing says how much has come, urllib3 and requests wait until their buffers are full: up to 64 KiB.
+        connection.chunked = not request.http_1_0
+        if connection.chunked:
+            lines.append("Transfer-Encoding: chunked")
+        head = self._head(200, stream.content_type, lines)
         if request.method == "HEAD":
             stream.close()
             connection.phase = _WRITING

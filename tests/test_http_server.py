@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import socket
@@ -391,7 +392,7 @@ class Streams(ServerCase):
 
     def setUp(self) -> None:
         STREAMS.clear()
-        patched = mock.patch.object(http_server, "MAX_UNSENT_BYTES", 2 * len(BIG))
+        patched = mock.patch.object(http_server, "MAX_UNSENT_BYTES", 2 * len(BIG) + 100)
         patched.start()
         self.addCleanup(patched.stop)
         super().setUp()
@@ -417,9 +418,33 @@ class Streams(ServerCase):
         wait_until("the third to have its turn", lambda: not STREAMS[2].is_large)
         while honest.file.readline() != b"\r\n":
             pass
+        self.assertEqual(honest.file.readline(), b"%x\r\n" % len(BIG))
         self.assertEqual(honest.file.read(len(BIG)), BIG)
         self.assertTrue(STREAMS[2].is_open)
         del stuck
+
+    def test_it_goes_out_in_chunks_to_those_who_know_them_and_ends_with_the_last(self) -> None:
+        """So that a reader with a buffer is given what has come, and can tell an end from a break."""
+        client = self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        self.wait_requests(1)
+        self.tick()
+        response = http.client.HTTPResponse(client.sock)
+        response.begin()
+        self.assertEqual(response.getheader("transfer-encoding"), "chunked")
+        self.assertEqual(response.read(len(BIG)), BIG)
+        self.server.refuse_new()
+        self.assertEqual(response.read(), b"")
+
+    def test_http_1_0_is_given_the_stream_as_it_is(self) -> None:
+        client = self.connect().send(b"GET /stream HTTP/1.0\r\n\r\n")
+        self.wait_requests(1)
+        self.tick()
+        response = http.client.HTTPResponse(client.sock)
+        response.begin()
+        self.assertIsNone(response.getheader("transfer-encoding"))
+        self.assertEqual(response.read(len(BIG)), BIG)
+        self.server.refuse_new()
+        self.assertEqual(response.read(), b"")
 
     def test_one_that_reads_slowly_is_not_cut_off(self) -> None:
         slow = self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
