@@ -8,13 +8,29 @@ engine goes on.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import errno
+import glob
+import gzip
 import hmac
+import ipaddress
 import json
 import math
+import os
+import random
+import re
 import secrets
-from collections.abc import Mapping
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 VERSION = "1.0"
 AGENT = f"elrar {VERSION}"
@@ -154,3 +170,1512 @@ def _decimal(number: float) -> float:
     """A number that repr writes with a point and without an exponent: 3 decimals at most."""
     number = float(number)
     return round(min(number, 999_999_999_999.0), 3) if 0.0 < number < math.inf else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+PREFIXES = ("ELRAR_", "VLLM_ELRAR_")  # the first that is set counts
+UNICAST = "unicast"
+BROADCAST = "broadcast"
+MERGED = "merged"
+RANKS = "ranks"
+
+# What Kubernetes injects as ELRAR_GATEWAY_PORT into every pod beside a Service named elrar-gateway.
+_INJECTED = re.compile(r"(?:tcp|udp|sctp)://.*")
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used: `errors` has a line for each."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__("; ".join(errors))
+        self.errors = list(errors)
+
+
+class _Refused(ValueError):
+    """A value that a setting does not take; its text, where there is any, says why."""
+
+
+class Gateway(NamedTuple):
+    """Where a gateway is: a name or an address, and its port."""
+
+    host: str
+    port: int | None  # None: the setting GATEWAY_PORT
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting, checked; the fields are those of the table SETTINGS."""
+
+    gateways: tuple[Gateway, ...]
+    gateway_port: int
+    network_mode: str
+    broadcast_address: str
+    engine_id: str | None
+    engine_url: str
+    push_interval_s: float
+    engine_capacity: float | None  # tokens/s; None: measured
+    data_parallel: str
+    key: Key | None
+    key_file: str | None
+    labels: Mapping[str, str]
+    engine_api_key: str | None
+    engine_ca_file: str | None
+
+    @property
+    def stuck_after_s(self) -> float:
+        """How long nothing needs to be proven until the engine counts as stuck."""
+        return max(2 * self.push_interval_s, 1.0)
+
+
+def _whole_number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise _Refused
+        return int(text)
+
+    return parse
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise _Refused
+        return text.lower()
+
+    return parse
+
+
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,252})")
+
+
+def _host(text: str) -> str:
+    """A name or an address without brackets."""
+    try:
+        return str(ipaddress.ip_address(text.split("%")[0])) + text[len(text.split("%")[0]) :]
+    except ValueError:
+        # What looks like an IPv4 address and is none would be looked up for ever.
+        if not _NAME.fullmatch(text) or re.fullmatch(r"[0-9.]+", text):
+            raise _Refused from None
+        return text
+
+
+def _gateways(text: str) -> tuple[Gateway, ...]:
+    return tuple(_gateway(part.strip()) for part in text.split(","))
+
+
+def _gateway(text: str) -> Gateway:
+    bracketed = re.fullmatch(r"\[([^\]]*)\](?::([0-9]{1,5}))?", text)
+    if bracketed:
+        host, port = bracketed.groups()
+    elif text.count(":") == 1:
+        host, port = text.split(":")
+    else:
+        host, port = text, None
+    if port is not None and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise _Refused
+    return Gateway(_host(host), None if port is None else int(port))
+
+
+def _ipv4(text: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise _Refused from None
+
+
+def _engine_id(text: str) -> str:
+    if len(text) > 250 or not text.isprintable() or text != text.strip():
+        raise _Refused
+    return text
+
+
+def _url(text: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        port = parts.port
+    except ValueError:
+        raise _Refused from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or port == 0:
+        raise _Refused
+    if not text.isascii() or not text.isprintable() or " " in text or "@" in parts.netloc:
+        raise _Refused
+    _host(parts.hostname)
+    return parts.geturl().rstrip("/")
+
+
+def _capacity(text: str) -> float | None:
+    if text.lower() == "measured":
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        raise _Refused from None
+    if not 0.0 <= number <= 1e12:  # false for NaN, too
+        raise _Refused
+    return number
+
+
+def _key_file(text: str) -> Key:
+    return read_key(text)
+
+
+def read_key(path: str) -> Key:
+    """The first key of a file: lines of `<key id> <hex digits>`, as the gateway's KEYS_FILE has them."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read(1_000_000).splitlines()
+    except (OSError, ValueError) as error:
+        raise _Refused(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#"):
+            words = line.split()
+            if len(words) < 2 or not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", words[0]):
+                raise _Refused(f"line {number} is not `<key id> <key>`")
+            if not re.fullmatch(r"(?:[0-9A-Fa-f]{2}){16,64}", words[1]):
+                raise _Refused(f"line {number}: the key is not an even number of hex digits from 32 to 128")
+            return Key(words[0], bytes.fromhex(words[1]))
+    raise _Refused("has no key")
+
+
+# Names that the datagram has already.
+_TAKEN = {
+    "engine_id", "timestamp_ms", *Load._fields, "boot", "seq", "phase", "sig", "dp_rank", "engine", "agent",
+}  # fmt: skip
+_MOST_LABELS = 8
+_MOST_LABEL_BYTES = 512  # the gateway keeps 1024 of all further fields, and model and engine are among them
+
+
+def _labels(text: str) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in _TAKEN or name in labels:
+            raise _Refused(f"{part.strip()!r} is none" if name not in _TAKEN else f"the name {name} is taken")
+        if not value.isprintable() or len(value) > 256:
+            raise _Refused(f"the value of {name} is too long or not printable")
+        if name == "role" and value not in ("prefill", "decode", "both"):
+            raise _Refused("role is prefill, decode or both")
+        labels[name] = value
+    if len(labels) > _MOST_LABELS or len(json.dumps(labels)) > _MOST_LABEL_BYTES:
+        raise _Refused(f"more than {_MOST_LABELS} labels or {_MOST_LABEL_BYTES} bytes")
+    return labels
+
+
+def _path(text: str) -> str:
+    if "\0" in text or not os.path.isfile(text):
+        raise _Refused("there is no such file")
+    return text
+
+
+def _secret(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,4096}", text):
+        raise _Refused
+    return text
+
+
+class Setting(NamedTuple):
+    """One setting: how it is named, what it accepts and what it means."""
+
+    name: str  # without the prefix
+    field: str  # of Settings
+    default: str  # as documented; in parentheses where it is computed or nothing
+    accepts: str
+    meaning: str
+    check: Callable[[str], Any]
+    flag: str = ""
+    secret: bool = False  # its value is not shown
+
+    @property
+    def option(self) -> str:
+        """The flag that sets it."""
+        return self.flag or "--" + self.name.lower().replace("_", "-")
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("GATEWAY_HOST", "gateways", "localhost",
+            "names or addresses, comma-separated, each with an optional :port",
+            "the gateways: every state goes to every address of every name", _gateways, "--gateway"),
+    Setting("GATEWAY_PORT", "gateway_port", "9999",
+            "a whole number from 1 to 65535", "the gateways' UDP port", _whole_number(1, 65535)),
+    Setting("NETWORK_MODE", "network_mode", "unicast",
+            "unicast or broadcast", "`unicast`, or `broadcast`", _one_of(UNICAST, BROADCAST)),
+    Setting("BROADCAST_ADDRESS", "broadcast_address", "255.255.255.255",
+            "an IPv4 address", "where one datagram goes in broadcast mode; another goes to 127.0.0.1", _ipv4),
+    Setting("ENGINE_ID", "engine_id", "(http://<own address towards the gateway>:<the engine's port>)",
+            "1 to 250 printable characters without space at either end", "what the router knows the engine by",
+            _engine_id),
+    Setting("ENGINE_URL", "engine_url", "http://127.0.0.1:8000",
+            "http:// or https://, a host, an optional port and an optional path", "the sidecar's engine", _url,
+            "--engine"),
+    Setting("PUSH_INTERVAL", "push_interval_ms", "200",
+            "a whole number of milliseconds from 20 to 2000", "ms between two states", _whole_number(20, 2000)),
+    Setting("ENGINE_CAPACITY", "engine_capacity", "(measured)",
+            "tokens/s, or `measured`",
+            "tokens/s; measured is the highest rate of a second with requests waiting, 0 until then", _capacity),
+    Setting("DATA_PARALLEL", "data_parallel", "merged",
+            "merged or ranks", "`merged`: one engine_id a URL; `ranks`: one a rank, `#dp0` behind it",
+            _one_of(MERGED, RANKS)),
+    Setting("KEY_FILE", "key", "(none)",
+            "the path of a file with a line `<key id> <32 to 128 hex digits>`",
+            "signs every datagram with the first key of the file; read again when it changes", _key_file),
+    Setting("LABELS", "labels", "(none)",
+            "name=value, comma-separated; a name is 1 to 64 of a-z0-9_ that begin with a letter",
+            "further fields, such as `model=...,role=prefill`", _labels),
+    Setting("ENGINE_API_KEY", "engine_api_key", "(none)",
+            "printable ASCII characters without space",
+            "what the sidecar's engine asks for (`Authorization: Bearer`); as a flag, every user of the host sees it",
+            _secret, secret=True),
+    Setting("ENGINE_CA_FILE", "engine_ca_file", "(the system's)",
+            "the path of a PEM file",
+            "whose certificates the sidecar believes of an https engine; of one on the loopback, any is believed",
+            _path),
+)  # fmt: skip
+
+
+def read_settings(environ: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
+    """The settings from flags (by the setting's name), then the environment; raises SettingsError with every error."""
+    values: dict[str, Any] = {}
+    errors: list[str] = []
+    for setting in SETTINGS:
+        source, text = _given(setting, environ, flags or {})
+        if text is None:
+            values[setting.field] = None if setting.default[0] == "(" else setting.check(setting.default)
+            continue
+        try:
+            values[setting.field] = setting.check(text)
+        except _Refused as refused:
+            shown = "(hidden)" if setting.secret else repr(text)
+            why = f" ({refused})" if str(refused) else ""
+            errors.append(f"{source}={shown} cannot be used{why}: accepted is {setting.accepts}")
+    if errors:
+        raise SettingsError(errors)
+    values["labels"] = values["labels"] or {}
+    values["key_file"] = _given(SETTINGS[_KEY_FILE_ROW], environ, flags or {})[1]
+    values["push_interval_s"] = values.pop("push_interval_ms") / 1000
+    return Settings(**values)
+
+
+_KEY_FILE_ROW = [setting.name for setting in SETTINGS].index("KEY_FILE")
+
+
+def _given(setting: Setting, environ: Mapping[str, str], flags: Mapping[str, str]) -> tuple[str, str | None]:
+    """Where a setting's text comes from, and the text; what is empty counts as not set."""
+    if flags.get(setting.name) is not None:
+        return setting.option, flags[setting.name]
+    for prefix in PREFIXES:
+        text = environ.get(prefix + setting.name, "")
+        if text and not (setting.name == "GATEWAY_PORT" and _INJECTED.fullmatch(text)):
+            return prefix + setting.name, text
+    return "", None
+
+
+def settings_help() -> str:
+    """The table of settings for `--help`."""
+    lines = [
+        f"settings: from the environment with the prefix {PREFIXES[0]} (or {PREFIXES[1]}), or as flags, which win:"
+    ]
+    for setting in SETTINGS:
+        lines.append(f"  {setting.option}, {PREFIXES[0]}{setting.name}  (default: {setting.default.strip('()')})")
+        lines.append(f"      {setting.meaning.replace('`', '')}; accepted: {setting.accepts.replace('`', '')}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said to the operator
+# ---------------------------------------------------------------------------------------------------------------------
+
+Say = Callable[[str], None]
+
+
+def say_on_stderr(text: str) -> None:
+    """Write one line to standard error."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"engine_agent: {text}\n")
+        sys.stderr.flush()
+
+
+class Complaints:
+    """Says a trouble when it begins, once a minute while it lasts, and when it is over. Safe in any thread."""
+
+    def __init__(self, say: Say, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._lock = threading.Lock()  # guards what follows; nothing is said under it
+        self._said_at: dict[str, float] = {}
+        self._count: dict[str, int] = {}
+
+    def trouble(self, kind: str, text: str) -> None:
+        """Something goes wrong; `kind` tells troubles apart."""
+        now = self._clock()
+        with self._lock:
+            self._count[kind] = count = self._count.get(kind, 0) + 1
+            if now - self._said_at.get(kind, -math.inf) < 60.0:
+                return
+            self._said_at[kind] = now
+        self._say(text if count == 1 else f"{text} ({count} times)")
+
+    def over(self, kind: str, text: str) -> None:
+        """It works again; nothing is said where it did not fail."""
+        if kind not in self._count:
+            return
+        with self._lock:
+            known = self._count.pop(kind, None)
+            self._said_at.pop(kind, None)
+        if known:
+            self._say(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sender
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOOK_UP_EVERY_S = 5.0
+MOST_ADDRESSES = 64  # of one name
+
+Address = tuple[Any, ...]
+
+
+class _Destination:
+    """A name or address and what it stands for now. `addresses` is replaced as a whole, so reading needs no lock."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host = host
+        self.port = port
+        self.addresses: tuple[tuple[int, Address], ...] = ()
+        self.fixed = True
+        if host.lower() == "localhost":
+            self.addresses = ((socket.AF_INET, ("127.0.0.1", port)),)
+            return
+        try:
+            version = ipaddress.ip_address(host.split("%")[0]).version
+        except ValueError:
+            self.fixed = False
+            return
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        if "%" in host:  # a zone has to be resolved, and that asks nobody
+            self.addresses = ((family, socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][4]),)
+        else:
+            self.addresses = ((family, (host, port)),)
+
+    def look_up(self, resolve: Callable[..., Any]) -> None:
+        """Take what the name stands for now, of the family of the first answer; raises OSError, and keeps the old."""
+        found = resolve(self.host, self.port, type=socket.SOCK_DGRAM)
+        family = found[0][0]
+        # Sorted, because name servers turn the order with each answer.
+        addresses = sorted({(family, one[4]) for one in found if one[0] == family})
+        self.addresses = tuple(addresses[:MOST_ADDRESSES])
+
+
+class Sender:
+    """Sends each datagram to every address of every gateway, and never waits. `send` is for one thread at a time.
+
+    Each name is looked up in a thread of its own, so that a name server that does not answer holds up nothing.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        complaints: Complaints,
+        *,
+        resolve: Callable[..., Any] = socket.getaddrinfo,
+    ) -> None:
+        self.sent = 0  # datagrams, once for each address
+        self.would_block = 0  # not sent: the socket's buffer was full
+        self.unreachable = 0  # not sent: no route, or whatever else the system said
+        self._complaints = complaints
+        self._resolve = resolve
+        self._sockets: dict[int, socket.socket] = {}
+        self._stop = threading.Event()
+        self._broadcasts = settings.network_mode == BROADCAST
+        port = settings.gateway_port
+        if self._broadcasts:
+            self._destinations = [_Destination(settings.broadcast_address, port), _Destination("127.0.0.1", port)]
+        else:
+            self._destinations = [_Destination(one.host, one.port or port) for one in settings.gateways]
+
+    def start(self) -> None:
+        """Begin to look names up, in daemon threads."""
+        for destination in self._destinations:
+            if not destination.fixed:
+                threading.Thread(
+                    target=self._keep_looking_up, args=(destination,), name="elrar-names", daemon=True
+                ).start()
+
+    def stop(self) -> None:
+        """Close the sockets and let the look-ups end."""
+        self._stop.set()
+        for one in self._sockets.values():
+            one.close()
+        self._sockets = {}
+
+    def _keep_looking_up(self, destination: _Destination) -> None:
+        while not self._stop.is_set():
+            self.look_up(destination)
+            # A name that never resolved is asked for more often: the gateway may come up just now.
+            self._stop.wait(LOOK_UP_EVERY_S if destination.addresses else 1.0)
+
+    def look_up(self, destination: _Destination) -> None:
+        """Look one name up, once."""
+        kind = f"name {destination.host}"
+        try:
+            destination.look_up(self._resolve)
+        except (OSError, UnicodeError, IndexError) as error:
+            kept = "its last addresses are used" if destination.addresses else "nothing is sent there yet"
+            self._complaints.trouble(
+                kind, f"the gateway's name {destination.host!r} cannot be looked up ({_why(error)}): {kept}; trying on"
+            )
+        else:
+            self._complaints.over(kind, f"the gateway's name {destination.host!r} was found")
+
+    def addresses(self) -> list[tuple[int, Address]]:
+        """Where datagrams go now, each address once."""
+        if len(self._destinations) == 1:
+            return list(self._destinations[0].addresses)
+        return list(dict.fromkeys(one for destination in self._destinations for one in destination.addresses))
+
+    def send(self, datagram: bytes) -> None:
+        """Send it to every address; what cannot be sent is counted and given up."""
+        for family, address in self.addresses():
+            try:
+                self._socket(family).sendto(datagram, address)
+            except BlockingIOError:
+                self.would_block += 1
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    self.would_block += 1
+                    continue
+                self.unreachable += 1
+                self._complaints.trouble(
+                    f"address {address}", f"cannot send to {address[0]} port {address[1]}: {_why(error)}; trying on"
+                )
+            else:
+                self.sent += 1
+                self._complaints.over(f"address {address}", f"sending to {address[0]} port {address[1]} works again")
+
+    def own_address(self) -> str | None:
+        """The address of this host towards the first gateway; None while there is none."""
+        for family, address in self.addresses():
+            if self._broadcasts and address[0] == "127.0.0.1":
+                continue
+            try:
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                    if self._broadcasts:
+                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                    probe.connect(address)  # sends nothing
+                    return str(probe.getsockname()[0]).split("%")[0]
+            except OSError:
+                continue
+        return None
+
+    def _socket(self, family: int) -> socket.socket:
+        found = self._sockets.get(family)
+        if found is None:
+            found = self._sockets[family] = socket.socket(family, socket.SOCK_DGRAM)
+            found.setblocking(False)
+            if self._broadcasts:
+                found.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        return found
+
+
+def _why(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+class Printer:
+    """In a Sender's place: writes each datagram as a line."""
+
+    def __init__(self, out: IO[bytes], own: Callable[[], str | None] | None = None) -> None:
+        self.sent = 0
+        self._out = out
+        self._own = own
+
+    def start(self) -> None:
+        """Nothing needs to be started."""
+
+    def stop(self) -> None:
+        """Nothing is open."""
+
+    def send(self, datagram: bytes) -> None:
+        """Write it as a line."""
+        self._out.write(datagram + b"\n")
+        self._out.flush()
+        self.sent += 1
+
+    def own_address(self) -> str | None:
+        """The address of this host towards the gateway, or the loopback's."""
+        return (self._own() if self._own else None) or "127.0.0.1"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is seen of an engine, and what of it is proven
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Proof(NamedTuple):
+    """When the engine was last seen to move, or to be idle."""
+
+    at: float  # by the monotonic clock
+    ms: int  # since the epoch
+
+
+class Counted(NamedTuple):
+    """Two counters that grow together: a sum and the number of what was summed."""
+
+    total: float
+    times: float
+
+
+@dataclass
+class Reading:
+    """What one data-parallel rank of an engine says of itself at one look. What it does not say is unknown."""
+
+    running: int
+    waiting: int
+    marker: object = None  # differs from the last look's where the engine moved
+    rank: int = 0
+    proof: Proof | None = None  # when it moved, where the engine's own time of it is known
+    free: int = -1  # KV-cache blocks
+    total: int = -1
+    pending: int | None = None  # tokens
+    prompts: Counted | None = None  # tokens of prompts, and prompts
+    step_times: Counted | None = None  # seconds of steps, and steps
+    step_ms: float | None = None  # of the last step, where the engine says just that
+    step_tokens: Counted | None = None  # tokens worked on in steps, and steps
+    tokens: float | None = None  # a counter of all tokens worked on
+    idle_is_proof: bool = True  # False: even an idle engine changes its marker
+
+
+@dataclass
+class Look:
+    """What one look at an engine showed."""
+
+    readings: Sequence[Reading]
+    at: Proof  # when it was made
+    in_flight: int | None = None  # requests in the engine's front end; None: it cannot be seen
+    in_flight_by_rank: Mapping[int, int] | None = None
+    asleep: bool = False
+
+
+HIDDEN = 1_000_000_000  # requests in a front end of which a part should have been seen, and was not
+
+
+@dataclass
+class _RankSeen:
+    marker: object
+    proof: Proof | None = None
+    owing_since: float | None = None
+
+
+class Prover:
+    """Tells when each rank was last proven to move or to be idle. A rank is idle where nothing runs or waits and no
+    request is in the front end for it.
+
+    A rank that left a request of the front end alone for longer than `stuck_after_s` owes a sign: that its clients give
+    up does not make it idle. Only when that is `FORGIVEN_AFTER_S` ago, it is given another chance.
+    """
+
+    FORGIVEN_AFTER_S = 60.0
+
+    def __init__(self, stuck_after_s: float) -> None:
+        self._stuck_after_s = stuck_after_s
+        self._ranks: dict[int, _RankSeen] = {}
+
+    def prove(self, look: Look) -> dict[int, Proof | None]:
+        """The last proof of each rank, after this look."""
+        accounted = sum(reading.running + reading.waiting for reading in look.readings)
+        return {reading.rank: self._prove(reading, look, accounted) for reading in look.readings}
+
+    def _prove(self, reading: Reading, look: Look, accounted: int) -> Proof | None:
+        seen = self._ranks.get(reading.rank)
+        if seen is None:
+            seen = self._ranks[reading.rank] = _RankSeen(reading.marker, reading.proof)
+        elif reading.marker != seen.marker:
+            seen.marker = reading.marker
+            seen.proof = reading.proof or look.at
+            seen.owing_since = None
+        if reading.running + reading.waiting > 0:
+            return seen.proof
+        if look.in_flight_by_rank is not None and look.in_flight != 0:
+            left_alone = look.in_flight_by_rank.get(reading.rank, 0)
+        else:
+            left_alone = (look.in_flight or 0) - accounted
+        if look.asleep:
+            seen.owing_since = None
+        elif left_alone > 0:
+            if seen.proof is not None and look.at.at - seen.proof.at > self._stuck_after_s:
+                seen.owing_since = look.at.at
+        elif reading.idle_is_proof and not self._owes(seen, look.at.at):
+            seen.proof = look.at
+        return seen.proof
+
+    def _owes(self, seen: _RankSeen, now: float) -> bool:
+        return seen.owing_since is not None and now - seen.owing_since < self.FORGIVEN_AFTER_S
+
+
+class Meter:
+    """Makes a Load of one rank's readings: rates of its counters, and what holds from one look to the next."""
+
+    WINDOW_S = 60.0  # over which the mean prompt is taken
+    MODE_STEPS = 10
+
+    def __init__(self, capacity: float | None) -> None:
+        self._configured = capacity
+        self._capacity = 0.0
+        self._rate_from: tuple[float, float] | None = None
+        self._latency_ms = 0.0
+        self._mode = LATENCY_OPTIMIZED
+        self._step_times: Counted | None = None
+        self._step_tokens: deque[Counted] = deque(maxlen=self.MODE_STEPS + 1)
+        self._prompts: deque[tuple[float, Counted]] = deque()
+        self._mean_prompt = 0.0
+
+    def measure(self, reading: Reading, now: float) -> Load:
+        """The load that a reading shows, at `now` by the monotonic clock."""
+        self._measure_latency(reading)
+        self._measure_mode(reading.step_tokens)
+        self._measure_prompts(reading.prompts, now)
+        self._measure_capacity(reading, now)
+        pending = reading.pending
+        if pending is None:
+            pending = round(reading.waiting * self._mean_prompt)
+        return Load(
+            self._latency_ms,
+            self._mode,
+            pending,
+            reading.free,
+            reading.total,
+            self._capacity if self._configured is None else self._configured,
+            reading.running,
+            reading.waiting,
+        )
+
+    def _measure_latency(self, reading: Reading) -> None:
+        if reading.step_ms is not None:
+            self._latency_ms = reading.step_ms
+        now, before = reading.step_times, self._step_times
+        self._step_times = now
+        if now is None or before is None or now.times <= before.times or now.total < before.total:
+            return
+        latency_ms = 1000 * (now.total - before.total) / (now.times - before.times)
+        # Half of what was before: one slow step among few does not stand for the next.
+        self._latency_ms = latency_ms if self._latency_ms == 0.0 else (self._latency_ms + latency_ms) / 2
+
+    def _measure_mode(self, now: Counted | None) -> None:
+        seen = self._step_tokens
+        if now is None or (seen and now.times == seen[-1].times):
+            return
+        if seen and (now.times < seen[-1].times or now.total < seen[-1].total):
+            seen.clear()  # the engine began anew
+        if seen:
+            before = next((one for one in reversed(seen) if now.times - one.times >= self.MODE_STEPS), seen[0])
+            mean = (now.total - before.total) / (now.times - before.times)
+            self._mode = _mode(mean)
+        seen.append(now)
+
+    def _measure_prompts(self, now: Counted | None, at: float) -> None:
+        if now is None:
+            return
+        seen = self._prompts
+        if seen and (now.times < seen[-1][1].times or now.total < seen[-1][1].total):
+            seen.clear()
+        if not seen or at - seen[-1][0] >= 1.0:
+            seen.append((at, now))
+        while len(seen) > 2 and at - seen[1][0] > self.WINDOW_S:
+            seen.popleft()
+        before = seen[0][1]
+        if now.times > before.times:
+            self._mean_prompt = (now.total - before.total) / (now.times - before.times)
+        elif self._mean_prompt == 0.0 and now.times > 0:
+            self._mean_prompt = now.total / now.times  # since the engine's start: better than nothing
+
+    def _measure_capacity(self, reading: Reading, now: float) -> None:
+        tokens, since = reading.tokens, self._rate_from
+        if tokens is None or reading.waiting == 0 or (since is not None and tokens < since[1]):
+            self._rate_from = None
+        elif since is None:
+            self._rate_from = (now, tokens)
+        elif now - since[0] >= 1.0:
+            if now - since[0] < 2.0:  # longer is an engine that stood still
+                self._capacity = max(self._capacity, (tokens - since[1]) / (now - since[0]))
+            self._rate_from = (now, tokens)
+
+
+def _mode(tokens_a_step: float) -> str:
+    if tokens_a_step < 256:
+        return LATENCY_OPTIMIZED
+    return THROUGHPUT_OPTIMIZED if tokens_a_step > 1024 else BALANCED
+
+
+_MODES_BY_LOAD = (LATENCY_OPTIMIZED, BALANCED, THROUGHPUT_OPTIMIZED)
+
+
+def merge_loads(loads: Sequence[Load]) -> Load:
+    """The load of an engine of several ranks: sums, the greatest latency, the heaviest mode. What a rank does not know,
+    the whole does not know."""
+    if len(loads) == 1:
+        return loads[0]
+    unknown = [min(one.kv_cache_free_blocks, one.kv_cache_total_blocks) < 0 for one in loads]
+    return Load(
+        max(one.latency_pred_ms for one in loads),
+        max((one.scheduling_mode for one in loads), key=_MODES_BY_LOAD.index),
+        sum(one.pending_tokens_total for one in loads),
+        -1 if any(unknown) else sum(one.kv_cache_free_blocks for one in loads),
+        -1 if any(unknown) else sum(one.kv_cache_total_blocks for one in loads),
+        sum(one.engine_capacity for one in loads),
+        sum(one.num_requests_running or 0 for one in loads),
+        sum(one.num_requests_waiting or 0 for one in loads),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of an engine, and when
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Statement(NamedTuple):
+    """What is to be said of an engine now."""
+
+    phase: str
+    load: Load
+    proven_ms: int | None  # None: now; nothing was proven yet
+
+
+class PhaseJudge:
+    """Says only what is proven, through one life of an engine, until its farewell. Pure: it knows no clock."""
+
+    REPEAT_S = 1.0  # of what is no proof: the gateway is to hear that the agent is there
+
+    def __init__(self, stuck_after_s: float) -> None:
+        self._stuck_after_s = stuck_after_s
+        self.phase: str | None = None  # of the last statement
+        self._proof: Proof | None = None
+        self._load = UNKNOWN_LOAD
+        self._waiting_since = -math.inf
+        self._said_at = -math.inf
+
+    def proven(self, now: float, proof: Proof | None, load: Load) -> Statement | None:
+        """The engine answered; `proof` is the last that there is, of which `load` is true."""
+        if proof is None or (self._proof is not None and proof.at <= self._proof.at):
+            return self.unproven(now)
+        self._proof, self._load, self._waiting_since = proof, load, proof.at
+        return self._say(SERVING, now)
+
+    def asleep(self, now: float) -> Statement | None:
+        """The engine says that it sleeps."""
+        self._waiting_since = now  # when it wakes up, it gets its time
+        return self._say(SLEEPING, now) if self._is_due(SLEEPING, now) else None
+
+    def unproven(self, now: float) -> Statement | None:
+        """Nothing new is proven: the engine does not answer, or nothing in it moved."""
+        if self._proof is None and self.phase in (None, STARTING):
+            phase = STARTING
+        elif now - self._waiting_since < self._stuck_after_s:
+            return None
+        else:
+            phase = STUCK
+        return self._say(phase, now) if self._is_due(phase, now) else None
+
+    def gone(self) -> Statement | None:
+        """The engine ended; None where it was not spoken of, or the farewell was said."""
+        if self.phase is None or self.phase == GONE:
+            return None
+        return self._say(GONE, -math.inf)
+
+    def _is_due(self, phase: str, now: float) -> bool:
+        # A little early is better than a whole turn late.
+        return phase != self.phase or now - self._said_at >= self.REPEAT_S - 0.05
+
+    def _say(self, phase: str, now: float) -> Statement:
+        self.phase, self._said_at = phase, now
+        return Statement(phase, self._load, self._proof.ms if self._proof else None)
+
+
+class Reporter:
+    """Speaks for one engine_id: judges, writes and sends. For one thread at a time."""
+
+    FAREWELL_GAP_S = 0.03  # between the three: one of them gets through
+
+    def __init__(
+        self,
+        writer: DatagramWriter,
+        sender: Sender | Printer,
+        stuck_after_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.writer = writer
+        self._sender = sender
+        self._stuck_after_s = stuck_after_s
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._judge = PhaseJudge(stuck_after_s)
+
+    @property
+    def phase(self) -> str | None:
+        """The phase of the last datagram."""
+        return self._judge.phase
+
+    def proven(self, proof: Proof | None, load: Load) -> None:
+        """The engine answered; see PhaseJudge."""
+        if self.phase == GONE:
+            self._begin_anew()
+        self._send(self._judge.proven(self._clock(), proof, load))
+
+    def asleep(self) -> None:
+        """The engine sleeps."""
+        if self.phase == GONE:
+            self._begin_anew()
+        self._send(self._judge.asleep(self._clock()))
+
+    def unproven(self, *, answers: bool = False) -> None:
+        """Nothing is proven; `answers` says whether the engine is there at all."""
+        if self.phase == GONE and answers:
+            self._begin_anew()
+        if self.phase != GONE:
+            self._send(self._judge.unproven(self._clock()))
+
+    def farewell(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        """The engine ended: say so three times within 100 ms, once for each life."""
+        statement = self._judge.gone()
+        if statement is None:
+            return
+        for turn in range(3):
+            if turn:
+                sleep(self.FAREWELL_GAP_S)
+            self._send(statement)
+
+    def _begin_anew(self) -> None:
+        self.writer.new_life()
+        self._judge = PhaseJudge(self._stuck_after_s)
+
+    def _send(self, statement: Statement | None) -> None:
+        if statement is not None:
+            ms = statement.proven_ms
+            if ms is None:
+                ms = int(self._wall_clock() * 1000)
+            self._sender.send(self.writer.write(statement.phase, ms, statement.load))
+
+
+class Agent:
+    """Makes what is seen of an engine into what is said of it: one engine_id for all its ranks, or one for each.
+
+    For one thread at a time. `identify` is given what is known of the engine, as soon as it is known.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        sender: Sender | Printer,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.key = settings.key
+        self._settings = settings
+        self._sender = sender
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._engine_id: str | None = None
+        self._model: str | None = None
+        self._engine = "unknown"
+        self._prover = Prover(settings.stuck_after_s)
+        self._meters: dict[int, Meter] = {}
+        self._reporters: dict[int | None, Reporter] = {}  # by rank; None: the whole engine
+
+    @property
+    def engine_id(self) -> str | None:
+        """What the router knows the engine by; None until it is known."""
+        return self._engine_id
+
+    def identify(self, engine_id: str | None, model: str | None, engine: str) -> None:
+        """Say which engine it is: the id is kept once it is known, the rest may change."""
+        self._engine_id = self._engine_id or engine_id
+        if (model, engine) != (self._model, self._engine):
+            self._model, self._engine = model, engine
+            for reporter in self._reporters.values():
+                reporter.writer.describe(model, engine)
+
+    def use_key(self, key: Key | None) -> None:
+        """Sign with another key from now on."""
+        self.key = key
+        for reporter in self._reporters.values():
+            reporter.writer.key = key
+
+    def saw(self, look: Look) -> None:
+        """The engine answered: say what is proven."""
+        proofs = self._prover.prove(look)
+        loads = {reading.rank: self._meter(reading.rank).measure(reading, look.at.at) for reading in look.readings}
+        if self._settings.data_parallel == RANKS:
+            said: dict[int | None, tuple[Proof | None, Load]] = {rank: (proofs[rank], loads[rank]) for rank in loads}
+        else:
+            load = merge_loads(list(loads.values()))
+            if self._settings.engine_capacity is not None:
+                load = load._replace(engine_capacity=self._settings.engine_capacity)
+            # The whole is proven only as far as each rank is: one that hangs is not hidden by the others.
+            every = list(proofs.values())
+            known = [one for one in every if one is not None]
+            said = {None: (min(known) if len(known) == len(every) else None, load)}
+        for rank, (proof, load) in said.items():
+            reporter = self._reporter(rank)
+            if reporter is None:
+                continue
+            if look.asleep:
+                reporter.asleep()
+            else:
+                reporter.proven(proof, load)
+
+    def saw_nothing(self, *, answers: bool = False) -> None:
+        """The engine did not answer, or, if it `answers`, said nothing of its load."""
+        if not self._reporters:
+            self._reporter(0 if self._settings.data_parallel == RANKS else None)
+        for reporter in self._reporters.values():
+            reporter.unproven(answers=answers)
+
+    def refused(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        """The engine's port refuses connections: it is gone, where it was there before."""
+        if all(one.phase in (None, STARTING) for one in self._reporters.values()):
+            self.saw_nothing()
+        else:
+            self.ended(sleep)
+
+    def ended(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        """The engine ended, or the agent does: say farewell."""
+        reporters = list(self._reporters.values())
+        for number, reporter in enumerate(reporters):
+            # All ranks together within 100 ms: the later ones do not wait again.
+            reporter.farewell(sleep if number == len(reporters) - 1 else _do_not_sleep)
+        self._prover = Prover(self._settings.stuck_after_s)
+        self._meters = {}
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether a farewell was said, and nothing since."""
+        return bool(self._reporters) and all(one.phase == GONE for one in self._reporters.values())
+
+    def _meter(self, rank: int) -> Meter:
+        if rank not in self._meters:
+            self._meters[rank] = Meter(self._settings.engine_capacity)
+        return self._meters[rank]
+
+    def _reporter(self, rank: int | None) -> Reporter | None:
+        """Who speaks for a rank; None while it is not known as what."""
+        if rank not in self._reporters:
+            if self._engine_id is None:
+                return None
+            writer = DatagramWriter(
+                self._engine_id if rank is None else f"{self._engine_id}#dp{rank}",
+                model=self._model,
+                engine=self._engine,
+                dp_rank=rank,
+                labels=self._settings.labels,
+                key=self.key,
+            )
+            self._reporters[rank] = Reporter(
+                writer, self._sender, self._settings.stuck_after_s, clock=self._clock, wall_clock=self._wall_clock
+            )
+        return self._reporters[rank]
+
+
+def _do_not_sleep(_: float) -> None:
+    pass
+
+
+class KeyWatch:
+    """Reads the key's file again when it changed, so that keys can be changed without a restart."""
+
+    def __init__(self, settings: Settings, complaints: Complaints) -> None:
+        self._path = settings.key_file
+        self._complaints = complaints
+        self._seen = self._stat()
+        self._looked_at = -math.inf
+
+    def changed(self, now: float) -> Key | None:
+        """The new key, where there is one; looked for every 5 s."""
+        if self._path is None or now - self._looked_at < 5.0:
+            return None
+        self._looked_at = now
+        seen = self._stat()
+        if seen == self._seen:
+            return None
+        self._seen = seen
+        try:
+            key = read_key(self._path)
+        except _Refused as refused:
+            self._complaints.trouble("key", f"the key in {self._path!r} cannot be used ({refused}): the old one stays")
+            return None
+        self._complaints.over("key", f"the key in {self._path!r} can be used again")
+        return key
+
+    def _stat(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._path or "")
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without an engine: a simulated fleet, and a state log sent again
+# ---------------------------------------------------------------------------------------------------------------------
+
+Clock = Callable[[], float]
+
+
+class Activity(NamedTuple):
+    """What a simulated engine does for a while."""
+
+    phase: str | None  # None: it says nothing
+    least_s: float
+    most_s: float
+    then: tuple[str, ...]  # what it may do next
+
+
+ACTIVITIES = {
+    "starting": Activity(STARTING, 1.0, 4.0, ("serving",)),
+    "serving": Activity(SERVING, 20.0, 90.0, ("draining", "hanging", "dead", "sleeping")),
+    "draining": Activity(DRAINING, 4.0, 8.0, ("gone",)),
+    "gone": Activity(None, 5.0, 10.0, ("starting",)),  # it begins with a farewell
+    "hanging": Activity(STUCK, 3.0, 8.0, ("serving",)),
+    "dead": Activity(None, 8.0, 15.0, ("starting",)),  # without a farewell
+    "sleeping": Activity(SLEEPING, 5.0, 10.0, ("serving",)),
+}
+
+
+class SimulatedEngine:
+    """An engine that is not there: a day of load in four minutes, and now and then a drain, a hang, a nap, a death."""
+
+    DAY_S = 240.0
+    MODELS = ("llama-3-8b", "qwen-2.5-32b", "deepseek-v3")
+
+    def __init__(self, number: int, settings: Settings, seed: int) -> None:
+        self._random = random.Random(seed * 1_000_003 + number)
+        self.writer = DatagramWriter(
+            f"http://10.77.{number // 250}.{number % 250 + 1}:8000",
+            model=self.MODELS[number % len(self.MODELS)],
+            engine="simulated 1.0",
+            labels=settings.labels,
+            key=settings.key,
+        )
+        self._capacity = float(self._random.randrange(2000, 12000, 100))
+        self._blocks = self._random.choice((4095, 8191, 16383))
+        self._phase_of_day = self._random.random()
+        self._load = UNKNOWN_LOAD
+        self._proven_ms: int | None = None
+        self._said_at = -math.inf
+        self.activity = "starting"
+        self._until = self._random.uniform(0.5, 2.0)
+        # The first trouble comes soon, and each kind in turn: a minute of twenty engines shows all of them.
+        troubles = ACTIVITIES["serving"].then
+        self._first_trouble: str | None = troubles[number % len(troubles)]
+
+    def step(self, now: float, now_ms: int) -> list[bytes]:
+        """What it says at `now`, in seconds since the simulation began."""
+        if now >= self._until:
+            self._go_on(now)
+            if self.activity == "gone":
+                return [self.farewell(now_ms) for _ in range(3)]
+        phase = ACTIVITIES[self.activity].phase
+        if phase in (SERVING, DRAINING):
+            self._load, self._proven_ms = self._measure(now), now_ms
+        elif phase is None or now - self._said_at < 0.95:
+            return []
+        self._said_at = now
+        return [self.writer.write(phase, self._proven_ms or now_ms, self._load)]
+
+    def farewell(self, now_ms: int) -> bytes:
+        """One of its farewells."""
+        return self.writer.write(GONE, self._proven_ms or now_ms, self._load)
+
+    def _go_on(self, now: float) -> None:
+        choice = ACTIVITIES[self.activity].then
+        before, self.activity = self.activity, self._random.choice(choice)
+        if before == "serving" and self._first_trouble:
+            self.activity, self._first_trouble = self._first_trouble, None
+        doing = ACTIVITIES[self.activity]
+        self._until = now + self._random.uniform(doing.least_s, doing.most_s)
+        if self.activity == "serving" and self._first_trouble:
+            self._until = now + self._random.uniform(4.0, 40.0)
+        self._said_at = -math.inf
+        if self.activity == "starting":
+            self.writer.new_life()
+            self._load, self._proven_ms = UNKNOWN_LOAD, None
+
+    def _measure(self, now: float) -> Load:
+        turn = 2 * math.pi * (now / self.DAY_S + self._phase_of_day)
+        level = 0.5 - 0.6 * math.cos(turn) + self._random.uniform(-0.05, 0.05)
+        if self.activity == "draining":
+            level = min(level, (self._until - now) / 8.0)
+        level = min(level, 1.0)
+        if level <= 0.05:
+            return self._load._replace(
+                pending_tokens_total=0,
+                kv_cache_free_blocks=self._blocks,
+                kv_cache_total_blocks=self._blocks,
+                engine_capacity=self._capacity,
+                num_requests_running=0,
+                num_requests_waiting=0,
+            )
+        running = max(1, round(64 * level))
+        waiting = 0 if self.activity == "draining" else max(0, round(120 * (level - 0.75)))
+        pending = waiting * self._random.randrange(200, 900)
+        used = min(self._blocks, round(self._blocks * (0.02 + 0.95 * level)))
+        latency_ms = 8.0 + 0.6 * running + self._random.random()
+        free = self._blocks - used
+        mode = _mode(running + pending / 8)
+        return Load(latency_ms, mode, pending, free, self._blocks, self._capacity, running, waiting)
+
+
+class Simulation:
+    """A fleet of simulated engines, each with its own place within the interval, so that they do not come in bursts."""
+
+    def __init__(self, settings: Settings, sender: Sender | Printer, engines: int, seed: int = 1) -> None:
+        self._sender = sender
+        self._interval_s = settings.push_interval_s
+        self.datagrams = dict.fromkeys(PHASES, 0)
+        self.began = dict.fromkeys(ACTIVITIES, 0)  # how many times an engine began to do what
+        self.engines = [SimulatedEngine(number, settings, seed) for number in range(engines)]
+        self._due = [number * self._interval_s / engines for number in range(engines)]
+        self._next = 0
+
+    def run(self, stop: threading.Event, seconds: float, clock: Clock = time.monotonic) -> None:
+        """Send until `stop` is set or the time is over, then say farewell for every engine that is known."""
+        began = clock()
+        while not stop.is_set():
+            now = clock() - began
+            if now >= seconds:
+                break
+            due_in = self.step(now, _now_ms())
+            # Some at a time: a wake-up for each of thousands of engines would cost more than what they say.
+            stop.wait(min(max(due_in, 0.004), max(0.0, seconds - now)))
+        self.end()
+
+    def step(self, now: float, now_ms: int) -> float:
+        """Send what is due at `now`, in seconds since the start; returns how long nothing more is due."""
+        while self._due[self._next] <= now:
+            number = self._next
+            engine = self.engines[number]
+            before = engine.activity
+            for datagram in engine.step(now, now_ms):
+                self._send(GONE if engine.activity == "gone" else ACTIVITIES[engine.activity].phase or GONE, datagram)
+            if engine.activity != before:
+                self.began[engine.activity] += 1
+            # All have the same interval, so that their order stays. Who is late by whole turns leaves them out.
+            self._due[number] = max(self._due[number] + self._interval_s, now - self._interval_s)
+            self._next = (number + 1) % len(self.engines)
+        return self._due[self._next] - now
+
+    def end(self) -> None:
+        """Say farewell for each engine that a gateway knows, three times."""
+        known = [engine for engine in self.engines if ACTIVITIES[engine.activity].phase]
+        for turn in range(3):
+            if turn:
+                time.sleep(Reporter.FAREWELL_GAP_S)
+            for engine in known:
+                self._send(GONE, engine.farewell(_now_ms()))
+        for engine in known:
+            engine.activity = "gone"
+        self.began["gone"] += len(known)
+
+    def account(self) -> dict[str, Any]:
+        """What it did: for comparison with what a gateway says."""
+        doing = dict.fromkeys(ACTIVITIES, 0)
+        for engine in self.engines:
+            doing[engine.activity] += 1
+        return {"engines": len(self.engines), "datagrams": self.datagrams, "began": self.began, "doing": doing}
+
+    def _send(self, phase: str, datagram: bytes) -> None:
+        self._sender.send(datagram)
+        self.datagrams[phase] += 1
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class LoggedState(NamedTuple):
+    """A state of a state log."""
+
+    received_s: float
+    state: dict[str, Any]
+
+
+def log_files(paths: Iterable[str]) -> list[str]:
+    """The files of state logs, oldest first: each with the rotated ones beside it (`.1`, `.2.gz`, ...)."""
+    found: list[str] = []
+    for path in paths:
+        beside = [path] if os.path.exists(path) or path == "-" else []
+        for one in glob.glob(glob.escape(path) + ".*"):
+            if re.fullmatch(r"(?:\.[0-9]+)?(?:-[0-9]+)?(?:\.gz)?", one[len(path) :]):
+                beside.append(one)
+        if not beside:
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", path)
+        found += beside
+    return sorted(dict.fromkeys(found), key=_first_receipt)
+
+
+def _first_receipt(path: str) -> float:
+    # By what is in them: names say it in different ways, and are sometimes turned round.
+    first = next(logged_states([path]), None) if path != "-" else None
+    return math.inf if first is None else first.received_s
+
+
+def logged_states(paths: Iterable[str]) -> Iterator[LoggedState]:
+    """The states of some files, in their order; events and torn lines are passed over."""
+    for path in paths:
+        with _open_log(path) as lines:
+            try:
+                for line in lines:
+                    state = _logged_state(line)
+                    if state is not None:
+                        yield state
+            except (EOFError, OSError, ValueError) as error:  # a .gz that was cut off
+                say_on_stderr(f"{path}: {_why(error)}: what follows is left out")
+
+
+def _open_log(path: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:
+    if path == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    return open(path, "rb")
+
+
+def _logged_state(line: bytes) -> LoggedState | None:
+    try:
+        document = json.loads(line)
+        received_s, state = float(document["timestamp"]), document["state"]
+        if math.isfinite(received_s) and isinstance(state, dict) and isinstance(state["engine_id"], str):
+            state["timestamp_ms"] = int(state["timestamp_ms"])
+            return LoggedState(received_s, state)
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        pass
+    return None
+
+
+class Replay:
+    """Sends the states of a log again, as of now: with its spacing, and with `timestamp_ms` moved by as much.
+
+    A `boot` becomes a new one, the same for the same, and `seq` counts anew: what a log does not have was lost then,
+    not now. With a key, what had no `boot` gets one, because what is signed has to have one.
+    """
+
+    def __init__(self, settings: Settings, sender: Sender | Printer, speed: float) -> None:
+        self._sender = sender
+        self._key = settings.key
+        self._speed = speed
+        self._boots: dict[tuple[str, Any], str] = {}
+        self._seqs: dict[tuple[str, Any], int] = {}
+        self.sent = 0
+
+    def run(
+        self,
+        states: Iterable[LoggedState],
+        stop: threading.Event,
+        seconds: float,
+        clock: Clock = time.monotonic,
+        now_s: Clock = time.time,
+    ) -> None:
+        """Send all, or until `stop` is set or the time is over."""
+        began, first_s = clock(), None
+        for logged in states:
+            if first_s is None:
+                first_s = logged.received_s
+            # A clock that was set back in the log holds up nothing.
+            due = began + max(0.0, logged.received_s - first_s) / self._speed
+            pause = min(due, began + seconds) - clock()
+            if pause > 0.001 and stop.wait(pause):
+                return
+            if stop.is_set() or clock() - began >= seconds:
+                return
+            self._sender.send(self.as_of(logged, now_s()))
+            self.sent += 1
+
+    def as_of(self, logged: LoggedState, now_s: float) -> bytes:
+        """A logged state as a datagram of `now_s`, in seconds since the epoch."""
+        state = dict(logged.state)
+        moved = state["timestamp_ms"] + round((now_s - logged.received_s) * 1000)
+        state["timestamp_ms"] = max(0, min(moved, 2**53))
+        state.pop("sig", None)
+        boot = state.get("boot")
+        if boot is not None or self._key is not None:
+            life = (state["engine_id"], boot)
+            if life not in self._boots:
+                self._boots[life] = secrets.token_hex(8)
+            self._seqs[life] = self._seqs.get(life, 0) + 1
+            state["boot"], state["seq"] = self._boots[life], self._seqs[life]
+        datagram = json.dumps(state).encode()
+        return datagram if self._key is None else self._key.sign(datagram)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plugin's folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLUGIN_FOLDER = f"elrar_agent-{VERSION}.dist-info"
+PLUGIN_FILES = {
+    "METADATA": f"Metadata-Version: 2.1\nName: elrar-agent\nVersion: {VERSION}\n",
+    "entry_points.txt": "[vllm.stat_logger_plugins]\nelrar = engine_agent:StatLogger\n",
+}
+
+
+def install_plugin(folder: str) -> None:
+    """Put this file and the folder by which vLLM finds it into `folder`; raises OSError."""
+    info = os.path.join(folder, PLUGIN_FOLDER)
+    os.makedirs(info, exist_ok=True)
+    for name, text in PLUGIN_FILES.items():
+        with open(os.path.join(info, name), "w", encoding="utf-8") as file:
+            file.write(text)
+    here, there = os.path.realpath(__file__), os.path.join(folder, "engine_agent.py")
+    if os.path.realpath(there) != here:
+        with open(here, "rb") as source, open(there, "wb") as copy:
+            copy.write(source.read())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="engine_agent.py",
+        description="Says to the ELRAR state gateway what an engine does: beside an engine (this command), inside vLLM"
+        " (--install-plugin), or without an engine (--simulate, --replay).",
+        epilog=settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true", help="look at the engine once, say what was found; send nothing")
+    modes.add_argument("--simulate", metavar="N", help="send for N engines that are not there (1 to 50000)")
+    modes.add_argument(
+        "--replay", metavar="FILE", nargs="+", help="send a state log again, as of now; - is standard input"
+    )
+    modes.add_argument("--new-key", metavar="NAME", help="print a new key: a line for KEYS_FILE and for KEY_FILE")
+    modes.add_argument("--install-plugin", metavar="FOLDER", help="make the folder for vLLM's PYTHONPATH")
+    parser.add_argument("--speed", metavar="X", default="1", help="with --replay: X times as fast (default 1)")
+    parser.add_argument("--seconds", metavar="S", help="end after so many seconds")
+    parser.add_argument("--print", action="store_true", help="write each datagram as a line instead of sending it")
+    parser.add_argument("--version", action="version", version=AGENT)
+    for setting in SETTINGS:
+        parser.add_argument(setting.option, dest=setting.name, metavar="VALUE", help=argparse.SUPPRESS)
+    return parser
+
+
+class _Options(NamedTuple):
+    """What is asked for on the command line beside settings, checked."""
+
+    simulate: int | None
+    speed: float
+    seconds: float  # infinite where nothing is said
+
+
+def _options(given: argparse.Namespace, errors: list[str]) -> _Options:
+    def number(option: str, text: str | None, low: float, high: float, otherwise: float) -> float:
+        if text is None:
+            return otherwise
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            errors.append(f"{option}={text!r} cannot be used: accepted is a number from {low:g} to {high:g}")
+        return value
+
+    engines = None
+    if given.simulate is not None:
+        if not re.fullmatch(r"[0-9]{1,5}", given.simulate) or not 1 <= int(given.simulate) <= 50_000:
+            errors.append(f"--simulate={given.simulate!r} cannot be used: accepted is a whole number from 1 to 50000")
+        else:
+            engines = int(given.simulate)
+    return _Options(
+        engines,
+        number("--speed", given.speed, 0.001, 100_000, 1.0),
+        number("--seconds", given.seconds, 0, 1e9, math.inf),
+    )
+
+
+def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    """Run it; returns the exit status: 0, 2 for settings that cannot be used, 1 for anything else."""
+    given = _parser().parse_args(arguments)
+    errors: list[str] = []
+    options = _options(given, errors)
+    settings = None
+    try:
+        settings = read_settings(environ, {setting.name: getattr(given, setting.name) for setting in SETTINGS})
+    except SettingsError as error:
+        errors = error.errors + errors
+    if given.new_key is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", given.new_key):
+        errors.append(f"--new-key={given.new_key!r} cannot be used: accepted is 1 to 32 of A-Za-z0-9_-")
+    if errors or settings is None:
+        for line in errors:
+            say_on_stderr(line)
+        return 2
+    try:
+        return _run(given, options, settings)
+    except BrokenPipeError:
+        # Whoever read it has enough; Python must not try again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        say_on_stderr(f"{where}{_why(error)}")
+        return 1
+
+
+def _run(given: argparse.Namespace, options: _Options, settings: Settings) -> int:
+    if given.new_key is not None:
+        sys.stdout.write(f"{given.new_key} {secrets.token_hex(32)}\n")
+        return 0
+    if given.install_plugin is not None:
+        install_plugin(given.install_plugin)
+        sys.stdout.write(f"PYTHONPATH={os.path.abspath(given.install_plugin)}\n")
+        return 0
+    complaints = Complaints(say_on_stderr)
+    sender: Sender | Printer = Sender(settings, complaints)
+    if given.print:
+        towards = sender
+        sender = Printer(sys.stdout.buffer, towards.own_address)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    sender.start()
+    try:
+        if options.simulate is not None:
+            return _simulate(settings, sender, options, stop)
+        return _replay(given.replay, settings, sender, options, stop)
+    finally:
+        sender.stop()
+
+
+def _simulate(settings: Settings, sender: Sender | Printer, options: _Options, stop: threading.Event) -> int:
+    simulation = Simulation(settings, sender, options.simulate or 1)
+    _wait_for_addresses(sender, stop)
+    simulation.run(stop, options.seconds)
+    say_on_stderr(json.dumps(simulation.account()))
+    return 0
+
+
+def _replay(
+    paths: Sequence[str], settings: Settings, sender: Sender | Printer, options: _Options, stop: threading.Event
+) -> int:
+    files = log_files(paths)
+    replay = Replay(settings, sender, options.speed)
+    _wait_for_addresses(sender, stop)
+    replay.run(logged_states(files), stop, options.seconds)
+    say_on_stderr(f"{replay.sent} states of {len(files)} files")
+    return 0
+
+
+def _wait_for_addresses(sender: Sender | Printer, stop: threading.Event) -> None:
+    """Wait until at least one name was found: what is sent before is lost."""
+    while isinstance(sender, Sender) and not sender.addresses() and not stop.is_set():
+        stop.wait(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
