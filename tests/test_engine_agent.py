@@ -74,22 +74,11 @@ class Kept(Printer):
 class Datagrams(unittest.TestCase):
     """What the agent writes is what json.dumps would write, in one fixed order, and the gateway takes it."""
 
-    ORDER = [
-        "engine_id",
-        "timestamp_ms",
-        "latency_pred_ms",
-        "scheduling_mode",
-        "pending_tokens_total",
-        "kv_cache_free_blocks",
-        "kv_cache_total_blocks",
-        "engine_capacity",
-        "boot",
-        "seq",
-        "phase",
-        "model",
-        "num_requests_running",
-        "num_requests_waiting",
-    ]
+    ORDER = (
+        *("engine_id", "timestamp_ms", "latency_pred_ms", "scheduling_mode", "pending_tokens_total"),
+        *("kv_cache_free_blocks", "kv_cache_total_blocks", "engine_capacity"),
+        *("boot", "seq", "phase", "model", "num_requests_running", "num_requests_waiting"),
+    )
 
     def test_a_datagram_is_what_json_dumps_writes(self) -> None:
         for load in (BUSY, UNKNOWN_LOAD, Load(1e-7, "balanced", 2**60, -5, 0, 1e300, 0, None)):
@@ -455,9 +444,7 @@ class Measuring(unittest.TestCase):
                 steps, tokens = steps + 1, tokens + each
                 mode = meter.measure(Reading(1, 0, step_tokens=Counted(tokens, steps)), steps / 5).scheduling_mode
             modes.append(mode.split("_")[0])
-        self.assertEqual(
-            modes, ["latency", "latency", "balanced", "balanced", "throughput", "throughput", "throughput", "latency"]
-        )
+        self.assertEqual(modes, [*2 * ["latency"], *2 * ["balanced"], *3 * ["throughput"], "latency"])
 
     def test_pending_tokens_by_the_mean_prompt_of_the_last_minute_where_the_engine_does_not_say(self) -> None:
         meter = Meter(None)
