@@ -1,0 +1,1550 @@
+"""Follows state gateways over HTTP and answers a router's questions in microseconds, without any I/O.
+
+This file needs nothing but Python 3.10: copy it beside a router, or put its folder on the path.
+
+    from engine_table import EngineTable
+
+    table = EngineTable("http://gateway-a:9999", "http://gateway-b:9999")  # one for the process
+    engine = table.choose()  # for each request; None where no engine is live
+    if engine is not None:
+        forward_to(engine.engine_id)
+
+A thread for each gateway address follows its /watch. Ages grow by this process's monotonic clock, so that whatever ends
+(a gateway, the network, an engine), what is known of an engine grows old by itself: live, then stale, then removed.
+
+How several gateways are put together:
+
+- For each engine the entry counts that was heard from last. A heartbeat, which says nothing of the load, does not
+  replace a load that another gateway still shows and that is younger than the threshold.
+- An entry is dated by when the gateway wrote it, not by when it was read: events that were held up (a gateway or this
+  process paused, a slow path) come as old as they are. The gateway's clock is compared with this process's between the
+  request that opened the stream and the answer, so an entry can look younger than it is by one such round trip at most,
+  and by 100 ms where the round trip is longer: the rest is added to its age.
+- Where two gateways show the same state, it is as old as the older evidence says, but for one round trip: a gateway
+  that repeats an old state as new makes nothing younger. One that invents new states is believed, as any gateway is.
+- A farewell that one gateway was sent removes the engine, whatever another one knew before.
+- A gateway that has just been started knows nobody. What was known before stays until it is too old.
+
+In a child process after a fork the threads are gone: the table's first use there starts them anew.
+
+Run as a program, `python3 engine_table.py http://gateway:9999` shows the fleet in a terminal; see --help.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import http.client
+import ipaddress
+import json
+import logging
+import math
+import os
+import random
+import re
+import socket
+import ssl
+import statistics
+import threading
+import time
+import urllib.parse
+import weakref
+from collections.abc import AsyncIterator, Callable, Container, Iterator
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+__all__ = ["EngineTable", "Entry", "EventStream", "GatewayStatus", "StreamError"]
+
+logger = logging.getLogger(__name__)
+
+LIVE, STALE, UNAVAILABLE = "live", "stale", "unavailable"
+SUMMED = ("pending_tokens_total", "engine_capacity", "kv_cache_free_blocks", "kv_cache_total_blocks")
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0  # from the request to the head of the answer
+SNAPSHOT_TIMEOUT_S = 10.0  # from then to the first event's beginning
+SILENCE_S = 20.0  # of a stream; a gateway that has nothing to tell sends a comment every 15 s
+HUNG_AFTER_S = 1.0  # beyond the threshold, while engines were live: by then the gateway must have called one stale
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.1, 2.0  # the delay doubles; the longest is also what `retry:` says, up to 30 s
+REFUSED_RETRY_S = 5.0  # the longest delay after an answer that is no event stream
+LOOKUP_S = 5.0  # between two looks at a name's addresses
+SLOW_ANSWER_S = 0.25  # a stream that was opened so slowly is opened once more, to know better when things were written
+CONFIDENCE_S = 0.1  # by which an entry may look younger than it is where the round trip is longer
+ORDER_S = 0.01  # by which stamps of milliseconds may seem out of order
+LATE_S = 0.05
+SAME_SIGN_S = 0.002  # ages of one event: a state that is also the last sign of life
+REACHABLE_S = 2.0  # a gateway that sent something within this time is a witness against another
+FAREWELL_S = 0.1  # after a farewell, what another gateway heard counts only if it is newer by this much
+KEEPER_S = 0.1  # between two looks for what grew old
+USUAL_OF = 101  # engines looked at for the usual load
+NOTICE_S = 60.0  # between two log lines about one gateway
+
+MAX_EVENT_CHARS = 64 * 1024 * 1024  # of one event, and of one line: 100,000 engines and more
+MAX_ID_CHARS = 1024
+MAX_ENGINES = 1_000_000  # of one gateway
+MAX_INTEGER = 2**53
+READ_BYTES = 65536
+RECEIVE_BUFFER = 512 * 1024  # what waits longer than that is replaced at the gateway by what is newer
+
+
+# -- event streams -----------------------------------------------------------------------------------------------------
+
+
+class StreamError(ValueError):
+    """What came is no event stream of a state gateway; the text says why."""
+
+
+_USUAL_EVENT = re.compile(r"id: ([0-9]+)\nevent: ([a-z]+)\ndata: ([^\n]*)\n\n")
+
+
+class EventStream:
+    """Parses text/event-stream by the rules of the HTML standard, however it is split; not thread-safe.
+
+    `last_event_id` is what to send as Last-Event-ID, `retry_ms` what the server asked for (None: nothing).
+    """
+
+    def __init__(self, max_chars: int = MAX_EVENT_CHARS, last_event_id: str = "") -> None:
+        self.last_event_id = last_event_id
+        self.retry_ms: int | None = None
+        self._max_chars = max_chars
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._began_at: float | None = None  # when the first byte of the event came that is not whole yet
+        self._id = last_event_id
+        self._kind = ""
+        self._data: list[str] = []
+        self._data_chars = 0
+        self._line: list[str] = []  # the pieces of a line that has not ended
+        self._line_chars = 0
+        self._at_start = True  # where a byte-order mark may be
+        self._after_cr = False  # where a line feed belongs to the line before
+
+    @property
+    def is_within(self) -> bool:
+        """Whether an event or a line has begun that is not whole yet."""
+        return bool(self._line or self._data or self._kind)
+
+    def feed(self, received: bytes, now: float = 0.0) -> list[tuple[str, str, float]]:
+        """The events that end in what was received: kind, data, and when the event's first byte came.
+
+        Raises StreamError where a line or an event is longer than `max_chars`.
+        """
+        text = self._decode(received)
+        if text and self._at_start:
+            self._at_start = False
+            text = text.removeprefix("\ufeff")
+        if text and self._after_cr:
+            self._after_cr = False
+            text = text.removeprefix("\n")
+        if "\r" in text:
+            self._after_cr = text[-1] == "\r"
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        events: list[tuple[str, str, float]] = []
+        position = 0
+        while True:
+            if not self.is_within:
+                # Most events come whole, each with the same three lines.
+                while usual := _USUAL_EVENT.match(text, position):
+                    self._id, kind, data = usual.groups()
+                    events.append((kind, data, now if self._began_at is None else self._began_at))
+                    self._began_at = None
+                    position = usual.end()
+                    self.last_event_id = self._id
+            end = text.find("\n", position)
+            if end < 0:
+                break
+            line = text[position:end]
+            position = end + 1
+            if self._line:
+                line = "".join((*self._line, line))
+                self._line, self._line_chars = [], 0
+            self._take_line(line, now, events)
+        if position < len(text):
+            self._line.append(text[position:])
+            self._line_chars += len(text) - position
+        if self._line_chars + self._data_chars > self._max_chars:
+            raise StreamError(f"a line or an event is longer than {self._max_chars} characters")
+        if not self.is_within:
+            self._began_at = None
+        elif self._began_at is None:
+            self._began_at = now
+        return events
+
+    def _take_line(self, line: str, now: float, events: list[tuple[str, str, float]]) -> None:
+        if not line:
+            self.last_event_id = self._id
+            if self._data:
+                began_at = now if self._began_at is None else self._began_at
+                events.append((self._kind or "message", "\n".join(self._data), began_at))
+            self._kind, self._data, self._data_chars, self._began_at = "", [], 0, None
+            return
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+            self._data_chars += len(value) + 1
+            if self._data_chars > self._max_chars:
+                raise StreamError(f"an event is longer than {self._max_chars} characters")
+        elif name == "event":
+            self._kind = value
+        elif name == "id":
+            if "\0" not in value:
+                self._id = value if len(value) <= MAX_ID_CHARS else ""
+        elif name == "retry" and value.isascii() and value.isdigit():
+            self.retry_ms = int(value[:9])
+
+
+# -- entries -----------------------------------------------------------------------------------------------------------
+
+
+class _NoNumber(ValueError):
+    """NaN or an infinity, which JSON does not have."""
+
+
+def _no_constant(text: str) -> Any:
+    raise _NoNumber(text)
+
+
+_decode_json = json.JSONDecoder(parse_constant=_no_constant).raw_decode
+
+
+def _parse_json(text: str) -> Any:
+    """The JSON document that a text is; raises StreamError."""
+    text = text.strip(" \t\n\r")
+    try:
+        document, end = _decode_json(text)
+    except (ValueError, RecursionError) as error:
+        raise StreamError(f"an event's data is no JSON: {error}") from None
+    if end != len(text):
+        raise StreamError("an event's data is more than one JSON document")
+    return document
+
+
+def _parse_all_json(texts: list[str]) -> list[Any]:
+    """The documents of many events at once, which takes two thirds of the time; raises StreamError."""
+    if len(texts) > 1:
+        joined = "[" + ",".join(texts) + "]"
+        try:
+            documents, end = _decode_json(joined)
+        except (ValueError, RecursionError):
+            pass  # which one it is shows below
+        else:
+            if end == len(joined) and len(documents) == len(texts):
+                return documents  # type: ignore[no-any-return]
+    return [_parse_json(text) for text in texts]
+
+
+class Entry:
+    """What is known of an engine: read-only, with the names that /engines has, and its ages as of now.
+
+    Ages are in ms and grow from one look at this very entry to the next; `status` and `usable` follow them, all else
+    stays as it is. A newer entry is another object: ask the table again. From any thread.
+    """
+
+    engine_id: str
+    timestamp_ms: int
+    latency_pred_ms: float
+    scheduling_mode: str
+    pending_tokens_total: int
+    kv_cache_free_blocks: int
+    kv_cache_total_blocks: int
+    engine_capacity: float
+    heartbeat: bool
+    received_ms: int
+    clock_offset_ms: int
+    source: str
+    # What older gateways do not tell is None, no restarts and no conflict; `extra` is empty where there is none.
+    phase: str | None
+    restarts: int
+    lost: int | None
+    conflict: bool
+    extra: dict[str, Any]
+
+    __slots__ = ("_available", "_fields", "_gateway", "_heard_at", "_load_known", "_shown_at")
+
+    def __init__(
+        self,
+        fields: dict[str, Any],
+        gateway: _Gateway,
+        heard_at: float,
+        shown_at: float,
+        available: bool,
+        load_known: bool,
+    ) -> None:
+        self._fields = fields
+        self._gateway = gateway
+        self._heard_at = heard_at
+        self._shown_at = shown_at
+        self._available = available
+        self._load_known = load_known
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            value = self._fields[name]
+        except KeyError:
+            if name not in _OPTIONAL:
+                raise AttributeError(f"an engine's entry has no {name!r}") from None
+            value = _OPTIONAL[name]
+        return dict(value) if type(value) is dict else value
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.engine_id!r} {self.status} age_ms={self.age_ms}>"
+
+    @property
+    def age_ms(self) -> int:
+        """Since the engine was last heard from, in ms, by the gateway that heard from it last."""
+        return max(0, int((self._gateway.clock() - self._heard_at) * 1000))
+
+    @property
+    def state_age_ms(self) -> int:
+        """Since the load state shown was received, in ms."""
+        return max(0, int((self._gateway.clock() - self._shown_at) * 1000))
+
+    @property
+    def status(self) -> str:
+        """`live`, `stale` (silent for longer than the gateway's threshold) or `unavailable` (takes no requests)."""
+        if self._gateway.clock() - self._heard_at > self._gateway.stale_s:
+            return STALE
+        return LIVE if self._available else UNAVAILABLE
+
+    @property
+    def load_known(self) -> bool:
+        """Whether the state shown is a load, and not a heartbeat's placeholders."""
+        return self._load_known
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is live and its load is known: safe to send requests to by these numbers."""
+        return self._load_known and self.status == LIVE
+
+    @property
+    def gateway(self) -> str:
+        """The URL of the gateway that this is from."""
+        return self._gateway.url
+
+    @property
+    def seconds_of_work(self) -> float | None:
+        """What waits, in seconds of the engine's capacity; None where that is not known, which does not mean idle."""
+        capacity = self._fields["engine_capacity"]
+        if not self._load_known or not capacity:
+            return None
+        return float(self._fields["pending_tokens_total"] / capacity)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A dictionary of its own for the caller, as /engines has it, with the ages as of now."""
+        extra = self._fields.get("extra")
+        return {
+            **self._fields,
+            **({"extra": dict(extra)} if type(extra) is dict else {}),
+            "load_known": self._load_known,
+            "usable": self.usable,
+            "status": self.status,
+            "age_ms": self.age_ms,
+            "state_age_ms": self.state_age_ms,
+        }
+
+    def _is_live(self, now: float) -> bool:
+        return self._available and now - self._heard_at <= self._gateway.stale_s
+
+    def _gateway_clock_s(self) -> float:
+        """What the gateway's clock showed when it wrote this, in s."""
+        return float((self._fields["received_ms"] + self._fields["state_age_ms"]) / 1000)
+
+
+_STATE = (
+    "engine_id", "timestamp_ms", "latency_pred_ms", "scheduling_mode", "pending_tokens_total", "kv_cache_free_blocks",
+    "kv_cache_total_blocks", "engine_capacity",
+)  # fmt: skip
+_OPTIONAL: dict[str, Any] = {"phase": None, "restarts": 0, "lost": None, "conflict": False, "extra": {}}
+_state_of = itemgetter(*_STATE)
+_needed_of = itemgetter(
+    "engine_id", "age_ms", "state_age_ms", "received_ms", "pending_tokens_total", "engine_capacity", "heartbeat",
+    "status", "kv_cache_free_blocks", "kv_cache_total_blocks", "latency_pred_ms", "timestamp_ms", "scheduling_mode",
+)  # fmt: skip
+
+
+# -- one gateway -------------------------------------------------------------------------------------------------------
+
+
+class _WrittenAt:
+    """When, by this process's clock, a gateway wrote what has come on one of its streams.
+
+    The gateway's clock stands in each entry: when the state shown was received, plus that state's age. How far it is
+    ahead of this process's is known from what came fastest, and from when the stream was asked for and answered.
+    """
+
+    WINDOW_S = 10.0
+    SAMPLES = 5
+
+    def __init__(self) -> None:
+        self._asked_at = 0.0
+        self._offset: float | None = None
+        self._last = float("-inf")
+        self._doubt = 0.0
+        self.round_trip_s = 0.0
+        self._begin_window(0.0)
+
+    def ask(self, now: float) -> None:
+        """The request is sent now: all that comes was written later."""
+        self._asked_at = now
+
+    def _begin_window(self, now: float) -> None:
+        self._window_ends = now + self.WINDOW_S
+        self._fastest = float("inf")
+        self._samples = 0
+        self._sample_at = now
+
+    def first(self, arrived_at: float, clock_s: float) -> float:
+        """Of the answer itself: what is not known of when it was written is taken for age, but for CONFIDENCE_S."""
+        self._begin_window(arrived_at)
+        self.round_trip_s = max(0.0, arrived_at - self._asked_at)
+        self._doubt = max(0.0, self.round_trip_s - CONFIDENCE_S)
+        self._offset = arrived_at - self._doubt - clock_s
+        self._last = arrived_at - self._doubt
+        return self._last
+
+    def of(self, arrived_at: float, clock_s: float, before: Entry | None) -> float:
+        """Of an event; `before` is what the same stream told of the same engine before."""
+        if self._offset is None:
+            return self.first(arrived_at, clock_s)
+        written_at = clock_s + self._offset
+        if self._last - ORDER_S <= written_at <= arrived_at and (
+            arrived_at - written_at < LATE_S or before is None or clock_s - before._gateway_clock_s() > SAME_SIGN_S
+        ):
+            if written_at > self._last:
+                self._last = written_at
+            return written_at
+        # It came faster than any before, or the gateway's clock was set: its stamps could not go back otherwise.
+        self._offset = arrived_at - clock_s
+        self._last = arrived_at
+        return arrived_at
+
+    def drift(self, arrived_at: float, clock_s: float) -> None:
+        """Follow a clock that runs at another speed, or was set back by less than the stream was silent."""
+        self._fastest = min(self._fastest, arrived_at - clock_s)
+        if arrived_at >= self._sample_at:
+            self._sample_at = arrived_at + 1.0
+            self._samples += 1
+        if arrived_at >= self._window_ends and self._samples >= self.SAMPLES:
+            self._offset = self._fastest - self._doubt
+            self._begin_window(arrived_at)
+
+
+@dataclass(frozen=True)
+class GatewayStatus:
+    """How one gateway address is doing."""
+
+    url: str
+    address: str  # "" until its name was looked up
+    connected: bool
+    problem: str  # "" while it is followed
+    instance: str  # of the gateway; "" before its first snapshot
+    stale_threshold_ms: int
+    engines: int  # that it knows
+    events: int  # that came from it
+    round_trip_ms: float  # of the request that opened the stream
+
+
+_Change = tuple["Entry", "float | None"]  # an engine's entry, and when it was removed, where it was
+
+
+class _Gateway:
+    """What one gateway address told; the table's lock guards `view`, `carried` and `connected`."""
+
+    def __init__(self, url: _Url, address: str, clock: Callable[[], float]) -> None:
+        self.url = url.text
+        self.address = address
+        self.clock = clock
+        self.stale_s = 2.0
+        self.instance = ""
+        self.connected = False
+        self.problem = "not asked yet"
+        self.view: dict[str, Entry] = {}
+        self.followed = True
+        self.known = False  # whether it has ever told what it knows
+        self.carried: set[str] = set()  # engines that an earlier instance knew, and this one does not know yet
+        self.arrived_at = float("-inf")
+        self.live_until = float("-inf")  # until when the gateway must have told something: one was live
+        self.round_trip_s = 0.0
+        self.events = 0
+        self.faults = 0
+
+    def status(self) -> GatewayStatus:
+        return GatewayStatus(
+            self.url,
+            self.address,
+            self.connected,
+            self.problem,
+            self.instance,
+            round(self.stale_s * 1000),
+            len(self.view),
+            self.events,
+            self.round_trip_s * 1000,
+        )
+
+    def entry(self, fields: dict[str, Any], written_at: float) -> Entry:
+        """An entry from what came; raises LookupError, TypeError or ValueError where it is none."""
+        (
+            engine_id, age_ms, state_age_ms, received_ms, pending, capacity, heartbeat,
+            status, free, total, latency, timestamp_ms, mode,
+        ) = _needed_of(fields)  # fmt: skip
+        if not (
+            type(engine_id) is type(mode) is type(status) is str
+            and 0 <= age_ms <= MAX_INTEGER
+            and 0 <= state_age_ms <= MAX_INTEGER
+            and 0 <= received_ms <= MAX_INTEGER
+            and 0 <= pending <= MAX_INTEGER
+            and 0 <= timestamp_ms <= MAX_INTEGER
+            and -1 <= free <= MAX_INTEGER
+            and -1 <= total <= MAX_INTEGER
+            and 0 <= capacity < math.inf
+            and 0 <= latency < math.inf
+        ):
+            raise ValueError("a field is out of its range")
+        phase = fields.get("phase")
+        return Entry(
+            fields,
+            self,
+            written_at - age_ms / 1000,
+            written_at - state_age_ms / 1000,
+            status != UNAVAILABLE and (phase is None or phase == "serving"),
+            not heartbeat and fields.get("load_known", True) is True,
+        )
+
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9._-]+)?")
+
+
+class _Url:
+    """A gateway's base URL, taken apart; raises ValueError."""
+
+    def __init__(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"a gateway's URL is a string, not {text!r}")
+        if not text.isprintable() or " " in text or not text.isascii():
+            raise ValueError(f"{text!r} is no URL: it has characters that none has")
+        try:
+            parts = urllib.parse.urlsplit(text)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"{text!r} is no URL: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _HOST.fullmatch(parts.hostname):
+            raise ValueError(f"{text!r} is no gateway's URL: it is like http://gateway.example:9999 or https://...")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(f"the URL of {parts.hostname!r} has a user name or password: give a token= instead")
+        if parts.query or parts.fragment or "?" in text or "#" in text:
+            raise ValueError(f"{text!r} ends in a query or fragment: give the base URL alone")
+        if parts.path.rstrip("/").endswith(("/watch", "/engines")):
+            raise ValueError(f"{text!r} is a page of a gateway: give the base URL, without /watch or /engines")
+        if port == 0:
+            raise ValueError(f"{text!r}: port 0 is none to connect to")
+        self.secure = parts.scheme == "https"
+        self.host = parts.hostname
+        self.port = port or (443 if self.secure else 80)
+        self.path = parts.path.rstrip("/")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.text = f"{parts.scheme}://{host}:{self.port}{self.path}"
+
+    def addresses(self) -> list[list[str]]:
+        """Its addresses, by family, in the order of the answer; raises OSError. localhost is 127.0.0.1 first."""
+        if self.is_literal():
+            return [[self.host]]
+        if self.host == "localhost":
+            return [["127.0.0.1"], ["::1"]]
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise OSError(f"{self.host!r} is no host name: {error}") from None
+        groups: dict[int, list[str]] = {}
+        for family, _, _, _, address in found:
+            one = str(address[0])
+            if one not in groups.setdefault(family, []):
+                groups[family].append(one)
+        return list(groups.values())
+
+    def is_literal(self) -> bool:
+        """Whether it names an address, so that there is nothing to look up."""
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return True
+
+
+_SNAPSHOT, _REMOVED = "snapshot", "removed"
+_KINDS = frozenset((_SNAPSHOT, "state", "stale", "live", _REMOVED))
+
+
+class _Refused(Exception):
+    """A gateway's answer that is no event stream."""
+
+
+class _Follower:
+    """Follows /watch of one gateway address, in a thread of its own, until it is stopped."""
+
+    def __init__(self, table: EngineTable, name: _Name, gateway: _Gateway) -> None:
+        self._table = table
+        self._name = name
+        self.gateway = gateway
+        self.failed_to_connect = False
+        self._stop = threading.Event()
+        self._socket: socket.socket | None = None
+        self._stream = EventStream()
+        self._resumes = False
+        self._stamps = _WrittenAt()
+        self._retry_ms: int | None = None
+        self._reopened_at = float("-inf")
+        self.thread = threading.Thread(target=self._run, name=f"engine-table {gateway.address}", daemon=True)
+
+    def stop(self) -> None:
+        """Make the thread end soon; from any thread, twice is harmless."""
+        self._stop.set()
+        self.close_socket()
+
+    def close_socket(self, *, shut_down: bool = True) -> None:
+        """Wake the thread if it waits for the gateway; without `shut_down`, only let go of the descriptor."""
+        sock = self._socket
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                if shut_down:
+                    sock.shutdown(socket.SHUT_RDWR)
+                else:
+                    os.close(sock.detach())
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stop.is_set():
+            longest = LONGEST_RETRY_S
+            began_at = time.monotonic()
+            try:
+                self._follow()
+                problem = ""
+            except (StreamError, _Refused) as error:
+                problem, longest = str(error), REFUSED_RETRY_S
+                self._resumes = False
+            except OSError as error:
+                problem = str(error) or repr(error)
+            except http.client.HTTPException as error:
+                problem, longest = f"it does not speak HTTP: {error!r}", REFUSED_RETRY_S
+                self._resumes = False
+            except Exception as error:
+                problem, longest = f"{error!r}, which is a bug of engine_table.py", REFUSED_RETRY_S
+                self._resumes = False
+                logger.debug("while following %s", self.gateway.url, exc_info=True)
+            if self._stop.is_set():
+                break
+            if problem:
+                self._disconnected(problem)
+                failures = failures + 1 if time.monotonic() - began_at < REFUSED_RETRY_S else 1
+                self._name.look_again()
+                if not self._name.wants(self):
+                    break
+                if self._retry_ms is not None and longest == LONGEST_RETRY_S:
+                    longest = min(max(self._retry_ms / 1000, FIRST_RETRY_S), 30.0)
+                delay = min(longest, FIRST_RETRY_S * 2 ** min(failures - 1, 20))
+                self._stop.wait(delay * random.uniform(0.5, 1.0))
+        self._table._set_connected(self.gateway, False)
+        self.gateway.problem = "no longer followed"
+        self.gateway.followed = False
+
+    def _disconnected(self, problem: str) -> None:
+        self._table._set_connected(self.gateway, False)
+        self.gateway.problem = problem
+        self._name.say(f"cannot be followed, and what it told grows old: {problem}", self.gateway.address)
+
+    def _follow(self) -> None:
+        """Open the stream and follow it until it breaks; returns where it is to be opened once more at once."""
+        clock = self.gateway.clock
+        sock = self._socket = self._connect()
+        connection = self._name.connection()
+        connection.sock = sock
+        try:
+            if self._stop.is_set():
+                return
+            self._stamps.ask(clock())
+            self._ask(connection)
+            try:
+                response = connection.getresponse()
+            except TimeoutError:
+                raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s") from None
+            self._check(response)
+            self._stream = EventStream(last_event_id=self._stream.last_event_id if self._resumes else "")
+            self._read(sock, response)
+        except UnicodeEncodeError as error:
+            raise _Refused(f"the request cannot be written: {error}") from None
+        finally:
+            self._socket = None
+            connection.close()
+            sock.close()
+
+    def _connect(self) -> socket.socket:
+        url, address = self._name.url, self.gateway.address
+        self.failed_to_connect = True
+        # Asked with the address, because getaddrinfo alone knows the scope of a link-local one.
+        info = socket.getaddrinfo(address, url.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        sock = self._socket = socket.socket(info[0][0], socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            try:
+                sock.connect(info[0][4])
+                if url.secure:
+                    sock = self._name.ssl_context.wrap_socket(sock, server_hostname=url.host)
+            except TimeoutError:
+                raise TimeoutError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
+            sock.settimeout(ANSWER_TIMEOUT_S)
+        except BaseException:
+            sock.close()
+            raise
+        self.failed_to_connect = False
+        return sock
+
+    def _ask(self, connection: http.client.HTTPConnection) -> None:
+        connection.putrequest("GET", self._name.url.path + "/watch", skip_accept_encoding=True)
+        connection.putheader("Accept", "text/event-stream")
+        connection.putheader("Accept-Encoding", "identity")
+        connection.putheader("Cache-Control", "no-cache")
+        connection.putheader("User-Agent", "engine_table")
+        token = self._table._token()
+        if token:
+            connection.putheader("Authorization", f"Bearer {token}")
+        if self._resumes:
+            connection.putheader("Last-Event-ID", self._stream.last_event_id.encode())
+        connection.endheaders()
+
+    def _check(self, response: http.client.HTTPResponse) -> None:
+        """Raise _Refused where the answer is no event stream, saying what it is and what to do."""
+        if response.status != 200:
+            said = response.read1(300).decode("utf-8", "replace").strip()
+            hint = {
+                401: "; it wants a token: EngineTable(..., token=...), or --token-file",
+                403: "; is the token one of its HTTP_TOKENS_FILE?",
+                404: "; is this a state gateway, and is the base path right?",
+            }.get(response.status, "")
+            raise _Refused(f"it answered {response.status} {response.reason}{hint}: {said[:200]!r}")
+        kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
+        if kind != "text/event-stream":
+            raise _Refused(f"it answered {kind or 'no content type'!r}, not an event stream; is this a state gateway?")
+        if (response.getheader("Content-Encoding") or "identity").strip().lower() != "identity":
+            raise _Refused("its event stream is compressed, which was not asked for: a proxy between must not do that")
+
+    def _read(self, sock: socket.socket, response: http.client.HTTPResponse) -> None:
+        gateway, stream, clock = self.gateway, self._stream, self.gateway.clock
+        arrived_at = opened_at = clock()
+        is_first = True
+        if self._resumes:
+            self._is_followed()
+        while True:
+            wait_s = SILENCE_S
+            if gateway.live_until > arrived_at:
+                wait_s = min(SILENCE_S, gateway.live_until - arrived_at + HUNG_AFTER_S)
+            sock.settimeout(wait_s)
+            try:
+                received = response.read1(READ_BYTES)
+            except TimeoutError:
+                raise TimeoutError(f"it has been silent for {wait_s:.1f} s, and is taken for hung") from None
+            except http.client.IncompleteRead:
+                raise OSError("it broke off the stream") from None
+            arrived_at = clock()
+            if not received:
+                raise OSError("it closed the stream")
+            events = stream.feed(received, arrived_at)
+            gateway.arrived_at = arrived_at
+            if stream.retry_ms is not None:
+                self._retry_ms = stream.retry_ms
+            if not events:
+                if is_first and not self._resumes and not stream.is_within and clock() - opened_at > SNAPSHOT_TIMEOUT_S:
+                    raise StreamError(f"no snapshot within {SNAPSHOT_TIMEOUT_S:g} s; is this a state gateway?")
+                continue
+            if is_first and not self._resumes and events[0][0] != "snapshot":
+                raise StreamError(f"its first event is {events[0][0][:40]!r}, not a snapshot")
+            is_answer = is_first and events[0][0] == "snapshot"
+            self._take(events, arrived_at, is_answer)
+            is_first = False
+            self._resumes = bool(stream.last_event_id)
+            if not gateway.connected:
+                self._is_followed()
+            if is_answer:
+                gateway.round_trip_s = self._stamps.round_trip_s
+                if gateway.round_trip_s > SLOW_ANSWER_S and arrived_at - self._reopened_at > NOTICE_S:
+                    self._reopened_at = arrived_at
+                    self._resumes = False
+                    return  # so slow an answer leaves it open how old things are: asked again, it may be fast
+
+    def _is_followed(self) -> None:
+        self._table._set_connected(self.gateway, True)
+        self.gateway.problem = ""
+        self._name.say_well(self.gateway.address)
+
+    def _take(self, events: list[tuple[str, str, float]], arrived_at: float, is_answer: bool) -> None:
+        """Put events into the table; raises StreamError where what follows could not be trusted."""
+        gateway, stamps, view = self.gateway, self._stamps, self.gateway.view
+        gateway.events += len(events)
+        events = [event for event in events if event[0] in _KINDS]  # others are of a newer gateway
+        changes: list[_Change] = []
+        clock_s = None
+        for (kind, _, began_at), document in zip(events, _parse_all_json([event[1] for event in events]), strict=True):
+            if kind == _SNAPSHOT:
+                self._table._apply(gateway, changes)
+                changes = []
+                self._take_snapshot(document, began_at, is_answer)
+                is_answer = False
+                continue
+            try:
+                clock_s = (document["received_ms"] + document["state_age_ms"]) / 1000
+                before = view.get(document["engine_id"])  # read without the lock: a single look-up
+                written_at = stamps.of(began_at, clock_s, before)
+                entry = gateway.entry(document, written_at)
+            except (LookupError, TypeError, ValueError, OverflowError) as error:
+                self._fault(error)
+                continue
+            changes.append((entry, written_at if kind == _REMOVED else None))
+        if clock_s is not None:
+            stamps.drift(arrived_at, clock_s)
+        self._table._apply(gateway, changes)
+
+    def _take_snapshot(self, document: Any, began_at: float, is_answer: bool) -> None:
+        try:
+            instance, engines = document["instance"], document["engines"]
+            stale_ms, clock_s = document["stale_threshold_ms"], document["time_ms"] / 1000
+            if not (type(instance) is str and type(engines) is dict and 0 < stale_ms <= MAX_INTEGER):
+                raise ValueError("instance, engines or stale_threshold_ms is not what it should be")
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise StreamError(f"its snapshot is no state gateway's: {error!r}") from None
+        gateway, stamps = self.gateway, self._stamps
+        written_at = stamps.first(began_at, clock_s) if is_answer else stamps.of(began_at, clock_s, None)
+        changes: list[_Change] = []
+        for engine_id, fields in engines.items():
+            try:
+                if fields["engine_id"] != engine_id:
+                    raise ValueError("it has another engine_id than its name")
+                changes.append((gateway.entry(fields, written_at), None))
+            except (LookupError, TypeError, ValueError, OverflowError) as error:
+                self._fault(error)
+        self._table._begin_anew(gateway, instance, stale_ms / 1000, engines.keys())
+        self._table._apply(gateway, changes)
+
+    def _fault(self, error: Exception) -> None:
+        self.gateway.faults += 1
+        self._name.say(f"an entry cannot be used and is passed over: {error!r}", self.gateway.address)
+
+
+class _Name:
+    """A gateway's URL and who answers there: a name with several addresses is several gateways.
+
+    Where it is a name, a thread looks it up again when a connection breaks, and every few seconds.
+    """
+
+    def __init__(self, table: EngineTable, url: _Url, context: ssl.SSLContext | None) -> None:
+        self.url = url
+        self.ssl_context = context or (ssl.create_default_context() if url.secure else None)  # type: ignore[assignment]
+        self.problem = ""
+        self._table = table
+        self._lock = threading.Lock()  # guards the next two; nothing slow happens under it
+        self._followers: list[_Follower] = []
+        self._addresses: list[str] = []
+        self._group = 0  # which family of addresses is tried
+        self._stop = threading.Event()
+        self._look = threading.Event()
+        self._notice_at = float("-inf")
+        self._not_said = 0
+        self._said = False  # that something is wrong
+        self.thread = threading.Thread(target=self._run, name=f"engine-table {url.host}", daemon=True)
+
+    ssl_context: ssl.SSLContext
+
+    def connection(self) -> http.client.HTTPConnection:
+        """For the Host header; its socket is connected by the follower."""
+        if self.url.secure:
+            return http.client.HTTPSConnection(self.url.host, self.url.port, context=self.ssl_context)
+        return http.client.HTTPConnection(self.url.host, self.url.port)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self.thread.start()
+
+    def stop(self) -> list[threading.Thread]:
+        """Make every thread end soon; returns them."""
+        self._stop.set()
+        self._look.set()
+        with self._lock:
+            followers = list(self._followers)
+        for follower in followers:
+            follower.stop()
+        return [self.thread, *(follower.thread for follower in followers)]
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connections, without a word to the gateway."""
+        for follower in self._followers:
+            follower.close_socket(shut_down=False)
+
+    def say(self, text: str, address: str = "") -> None:
+        """Log what is wrong, one line a minute."""
+        if self._stop.is_set():
+            return
+        with self._lock:
+            now = time.monotonic()
+            if now - self._notice_at < NOTICE_S:
+                self._not_said += 1
+                return
+            more = f" ({self._not_said} such lines were not shown)" if self._not_said else ""
+            self._notice_at, self._not_said, self._said = now, 0, True
+        at = f" at {address}" if address not in ("", self.url.host) else ""
+        logger.warning("gateway %s%s: %s%s", self.url.text, at, text, more)
+
+    def say_well(self, address: str) -> None:
+        """Log that a gateway is followed, where something else was said last."""
+        with self._lock:
+            said, self._said = self._said, False
+        if said:
+            at = f" at {address}" if address != self.url.host else ""
+            logger.info("gateway %s%s: followed again", self.url.text, at)
+
+    def look_again(self) -> None:
+        """Look the name up again soon: a connection broke."""
+        self._look.set()
+
+    def wants(self, follower: _Follower) -> bool:
+        """Whether the name still has this follower's address."""
+        with self._lock:
+            return follower.gateway.address in self._addresses
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._look.clear()
+            try:
+                self._follow(self.url.addresses())
+                self.problem = ""
+            except OSError as error:
+                self._could_not_look(error)
+            if self._look.wait(LOOKUP_S):
+                self._stop.wait(FIRST_RETRY_S)  # for others that break at the same time
+
+    def _could_not_look(self, error: OSError) -> None:
+        self.problem = f"its name cannot be looked up: {error}"
+        known = ", ".join(self._addresses)
+        if not known:
+            self._table._set_unknown(self.url.text, self.problem)
+        self.say(f"{self.problem}; {f'still at {known}' if known else 'tried again and again'}")
+
+    def _follow(self, groups: list[list[str]]) -> None:
+        with self._lock:
+            if self._stop.is_set():
+                return
+            running = [follower for follower in self._followers if follower.thread.is_alive()]
+            if running and all(f.failed_to_connect and not f.gateway.connected for f in running):
+                self._group += 1  # nobody there by this family of addresses
+            self._addresses = groups[self._group % len(groups)]
+            known = {follower.gateway.address for follower in running}
+            new = [
+                _Follower(self._table, self, self._table._gateway(self.url, address))
+                for address in self._addresses
+                if address not in known
+            ]
+            self._followers = running + new
+        for follower in new:
+            follower.thread.start()
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+class _Pool:
+    """Engine ids to draw from at random; the table's lock guards changes, a look at `order` needs none."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.place: dict[str, int] = {}
+
+    def add(self, engine_id: str) -> None:
+        self.place[engine_id] = len(self.order)
+        self.order.append(engine_id)
+
+    def discard(self, engine_id: str) -> None:
+        place = self.place.pop(engine_id, None)
+        if place is None:
+            return
+        last = self.order.pop()
+        if last != engine_id:
+            self.order[place] = last
+            self.place[last] = place
+
+
+class EngineTable:
+    """What a router knows of every engine, and how old that is; every method may be called from any thread.
+
+    `urls` are gateways' base URLs: http or https, with a base path where a proxy has one. A name that has several
+    addresses is several gateways. `token` is what they want as `Authorization: Bearer`, or a function that is asked for
+    it at each connection; `ssl_context` is for https. `expire_after_ms` is how long an engine that no gateway is there
+    to speak of stays in the table (default: three times the gateway's threshold).
+
+    Raises ValueError where a URL or token cannot be used, and nothing later: that a gateway cannot be followed is
+    logged once a minute, it is tried again, and what it told grows old.
+    """
+
+    def __init__(
+        self,
+        *urls: str,
+        token: str | Callable[[], str] | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        expire_after_ms: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not urls:
+            raise ValueError("an EngineTable needs the URL of at least one gateway, as in http://gateway.example:9999")
+        if isinstance(token, str):
+            _check_token(token)
+        if expire_after_ms is not None and not expire_after_ms > 0:
+            raise ValueError(f"expire_after_ms={expire_after_ms!r} is not above 0")
+        self._urls = list({(url := _Url(text)).text: url for text in urls}.values())
+        self._ask_token = token
+        self._ssl_context = ssl_context
+        self._expire_s = None if expire_after_ms is None else expire_after_ms / 1000
+        self._clock = clock
+        self._engines: dict[str, Entry] = {}
+        self._usual: float | None = None
+        self._closed = False
+        self._forked = False
+        self._gateways: list[_Gateway] = []
+        self._unknown: dict[str, str] = {}
+        self._gone: dict[str, tuple[float, _Gateway]] = {}
+        self._live = _Pool()
+        self._known = _Pool()
+        self._callbacks: list[_Subscription] = []
+        self._begin()
+        _tables.add(self)
+
+    def _begin(self) -> None:
+        """Make locks and threads, in this process."""
+        # Guards what is known of engines and gateways; nothing slow happens under it. A look at one engine needs none:
+        # it is a single look-up in a dictionary, and entries do not change.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())  # guards the version
+        self._version = 0
+        self._keeper_wake = threading.Event()
+        self._names = [_Name(self, url, self._ssl_context) for url in self._urls]
+        self._keeper = threading.Thread(target=self._keep, name="engine-table keeper", daemon=True)
+        for name in self._names:
+            name.start()
+        self._keeper.start()
+
+    # -- what a router asks
+
+    def get(self, engine_id: str) -> Entry | None:
+        """What is known of an engine, or None."""
+        if self._forked:
+            self._begin_in_child()
+        return self._engines.get(engine_id)
+
+    def entries(self) -> list[Entry]:
+        """Every engine that is known, however old that is."""
+        if self._forked:
+            self._begin_in_child()
+        with self._lock:
+            return list(self._engines.values())
+
+    def live(self) -> list[Entry]:
+        """The engines that were heard from within the gateway's threshold and take requests, load known or not."""
+        now = self._clock()
+        return [entry for entry in self.entries() if entry._is_live(now)]
+
+    def usable(self) -> list[Entry]:
+        """The live engines whose load is known.
+
+        It leaves out engines of which heartbeats only are heard: idle engines of the first agent (a fork of vLLM) are
+        such. A router that has those uses live() or choose(), which take unknown for usual.
+        """
+        now = self._clock()
+        return [entry for entry in self.entries() if entry._load_known and entry._is_live(now)]
+
+    def choose(
+        self,
+        *,
+        usable: bool = False,
+        exclude: Container[str] = (),
+        where: Callable[[Entry], bool] | None = None,
+    ) -> Entry | None:
+        """The engine for the next request: of two live ones at random the one with fewer seconds of work, or None.
+
+        One whose load or capacity is not known counts as loaded as the usual one, never as idle; `usable` leaves those
+        without a known load out. `exclude` has the ids of engines that were tried already; `where` says of an entry
+        whether it may be taken. Two at random: the least loaded one of all would get what all routers have at once.
+        """
+        if self._forked:
+            self._begin_in_child()
+        now, pool = self._clock(), self._known if usable else self._live
+        first: Entry | None = None
+        tries = 0
+        while tries < 16:
+            entry = self._draw(pool, now, usable)
+            if entry is None:
+                return None
+            tries += 1
+            if where is not None and not where(entry):
+                continue
+            engine_id = entry._fields["engine_id"]
+            if engine_id in exclude:
+                continue
+            if first is None:
+                first = entry
+                if len(pool.order) == 1:
+                    return first
+            elif engine_id != first._fields["engine_id"]:
+                return self._better(first, entry)
+        # Few may be taken: look at them all.
+        those = [
+            entry
+            for entry in (self.usable() if usable else self.live())
+            if entry._fields["engine_id"] not in exclude and (where is None or where(entry))
+        ]
+        return self._better(*random.sample(those, 2)) if len(those) > 1 else those[0] if those else None
+
+    def _draw(self, pool: _Pool, now: float, usable: bool) -> Entry | None:
+        """A live engine at random; one that turns out not to be is taken out of the pool until it is heard from."""
+        engines, order = self._engines, pool.order
+        while order:
+            try:
+                engine_id = order[int(random.random() * len(order))]
+            except IndexError:
+                continue  # it became shorter between the two
+            entry = engines.get(engine_id)
+            if entry is not None and entry._is_live(now) and (entry._load_known or not usable):
+                return entry
+            with self._lock:
+                if engines.get(engine_id) is entry:
+                    pool.discard(engine_id)
+        return None
+
+    def _better(self, one: Entry, other: Entry) -> Entry:
+        work, other_work = one.seconds_of_work, other.seconds_of_work
+        if work is None or other_work is None:
+            usual = self._usual if self._usual is not None else self._look_for_usual()
+            work = usual if work is None else work
+            other_work = usual if other_work is None else other_work
+        return other if other_work < work else one
+
+    def _look_for_usual(self) -> float:
+        """The median of the seconds of work that are known, of some of the live engines."""
+        now = self._clock()
+        with self._lock:
+            order = self._live.order
+            some = random.sample(order, USUAL_OF) if len(order) > USUAL_OF else list(order)
+        entries = [entry for entry in map(self._engines.get, some) if entry is not None and entry._is_live(now)]
+        known = [work for work in (entry.seconds_of_work for entry in entries) if work is not None]
+        usual = statistics.median(known) if known else 0.0
+        self._usual = usual
+        return usual
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries())
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def __contains__(self, engine_id: object) -> bool:
+        return engine_id in self._engines
+
+    def fleet(self) -> dict[str, Any]:
+        """How many engines are live, stale, unavailable and usable, and sums over the usable ones, as /engines has it.
+
+        Unknown values (-1, capacity 0) are left out of the sums; `engines` is the number behind each.
+        """
+        now = self._clock()
+        counts = {LIVE: 0, UNAVAILABLE: 0, STALE: 0, "usable": 0}
+        sums = {field: {"sum": 0, "engines": 0} for field in SUMMED}
+        modes: dict[str, int] = {}
+        phases: dict[str, int] = {}
+        for entry in self.entries():
+            fields = entry._fields
+            if now - entry._heard_at > entry._gateway.stale_s:
+                counts[STALE] += 1
+                continue
+            counts[LIVE if entry._available else UNAVAILABLE] += 1
+            if fields.get("phase") is not None:
+                phases[fields["phase"]] = phases.get(fields["phase"], 0) + 1
+            if not (entry._available and entry._load_known):
+                continue
+            counts["usable"] += 1
+            modes[fields["scheduling_mode"]] = modes.get(fields["scheduling_mode"], 0) + 1
+            for field, total in sums.items():
+                if fields[field] > 0 or (fields[field] == 0 and field != "engine_capacity"):
+                    total["sum"] += fields[field]
+                    total["engines"] += 1
+        return {**counts, "sums": sums, "scheduling_modes": modes, "phases": phases}
+
+    def gateways(self) -> list[GatewayStatus]:
+        """How each gateway address is doing, also those whose name could not be looked up."""
+        with self._lock:
+            unknown = [
+                GatewayStatus(url, "", False, problem, "", 0, 0, 0, 0.0) for url, problem in self._unknown.items()
+            ]
+            return [gateway.status() for gateway in self._gateways] + unknown
+
+    # -- being told of changes
+
+    def wait(self, timeout: float | None = None, after: int | None = None) -> int:
+        """Wait until something changed after that version (default: now), or the timeout (s); returns the version.
+
+        `version = table.wait(1.0, version)` in a loop misses nothing.
+        """
+        if self._forked:
+            self._begin_in_child()
+        with self._changed:
+            seen = self._version if after is None else after
+            self._changed.wait_for(lambda: self._version != seen or self._closed, timeout)
+            return self._version
+
+    def wait_until_known(self, timeout: float | None = None) -> bool:
+        """Wait until a gateway has told which engines there are; returns whether one has, within the timeout (s)."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        version = 0
+        while not any(gateway.known for gateway in self._gateways):
+            left = None if deadline is None else deadline - time.monotonic()
+            if self._closed or (left is not None and left <= 0):
+                return False
+            version = self.wait(left, version)
+        return True
+
+    def on_change(self, callback: Callable[[frozenset[str]], object]) -> Callable[[], None]:
+        """Have `callback` called with the ids of engines that changed, came, went or grew stale.
+
+        Returns a function that ends it. It is called in a thread of the table's, one call at a time; what changes
+        meanwhile is in the next call. What it raises is logged. A slow one holds up nobody but the other callbacks.
+        """
+        subscription = _Subscription(self._keeper_wake.set, callback)
+        with self._changed:
+            self._callbacks.append(subscription)
+
+        def end() -> None:
+            with self._changed:
+                if subscription in self._callbacks:
+                    self._callbacks.remove(subscription)
+
+        return end
+
+    async def changes(self) -> AsyncIterator[frozenset[str]]:
+        """For asyncio: first all ids that are known, then those of engines that changed, came, went or grew stale.
+
+        No thread waits meanwhile. It ends when the table is closed. What changes between two looks comes in one.
+        """
+        import asyncio  # here, because it takes longer to import than all else
+
+        loop, happened = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(happened.set)
+
+        subscription = _Subscription(wake)
+        subscription.add([entry.engine_id for entry in self.entries()])
+        with self._changed:
+            self._callbacks.append(subscription)
+        try:
+            while not self._closed:
+                await happened.wait()
+                happened.clear()
+                changed = subscription.take()
+                if changed:
+                    yield changed
+        finally:
+            with self._changed:
+                if subscription in self._callbacks:
+                    self._callbacks.remove(subscription)
+
+    # -- the end
+
+    def close(self) -> None:
+        """End every thread; what is known stays, and grows old. Twice is harmless."""
+        self._closed = True
+        threads = [thread for name in self._names for thread in name.stop()]
+        self._tell(())
+        self._keeper_wake.set()
+        for thread in (*threads, self._keeper):
+            if thread is not threading.current_thread() and thread.is_alive():
+                thread.join(1.0)
+
+    def __enter__(self) -> EngineTable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin_in_child(self) -> None:
+        """Of a forked child's first use: locks and threads of its own; what the parent knew stays, and grows old."""
+        with _fork_lock:
+            if not self._forked:
+                return
+            for gateway in self._gateways:
+                gateway.connected = False
+            self._callbacks = []
+            self._live, self._known = _Pool(), _Pool()  # they may have been copied in the middle of a change
+            for engine_id, entry in self._engines.items():
+                self._pool(engine_id, entry)
+            self._forked = False
+            if not self._closed:
+                self._begin()
+
+    # -- what the threads do
+
+    def _token(self) -> str:
+        token = self._ask_token() if callable(self._ask_token) else self._ask_token
+        if token:
+            try:
+                _check_token(token)
+            except ValueError as error:
+                raise _Refused(str(error)) from None
+        return token or ""
+
+    def _gateway(self, url: _Url, address: str) -> _Gateway:
+        """The gateway at an address, as known or new."""
+        with self._lock:
+            self._unknown.pop(url.text, None)
+            for gateway in self._gateways:
+                if (gateway.url, gateway.address) == (url.text, address):
+                    return gateway
+            gateway = _Gateway(url, address, self._clock)
+            self._gateways = [*self._gateways, gateway]
+            return gateway
+
+    def _set_unknown(self, url: str, problem: str) -> None:
+        with self._lock:
+            self._unknown[url] = problem
+
+    def _set_connected(self, gateway: _Gateway, connected: bool) -> None:
+        with self._lock:
+            gateway.connected = connected
+            gateway.followed = True
+            gateway.known |= connected
+        if connected:
+            self._tell(())
+        else:
+            gateway.live_until = float("-inf")
+
+    def _begin_anew(self, gateway: _Gateway, instance: str, stale_s: float, engine_ids: Container[str]) -> None:
+        """A gateway told all that it knows: what it does not know any more is gone, unless it has just been started."""
+        changed = []
+        with self._lock:
+            missing = [engine_id for engine_id in gateway.view if engine_id not in engine_ids]
+            gateway.stale_s = stale_s
+            if gateway.instance and gateway.instance != instance:
+                gateway.carried.update(missing)
+            else:
+                for engine_id in missing:
+                    if engine_id not in gateway.carried:
+                        del gateway.view[engine_id]
+                        self._merge(engine_id)
+                        changed.append(engine_id)
+            gateway.instance = instance
+        self._tell(changed)
+
+    def _apply(self, gateway: _Gateway, changes: list[_Change]) -> None:
+        """Take entries from a gateway."""
+        for start in range(0, len(changes), 256):
+            self._apply_some(gateway, changes[start : start + 256])
+        if changes:
+            if any(gone_at is not None for _, gone_at in changes):
+                heard_at = max((entry._heard_at for entry in list(gateway.view.values())), default=float("-inf"))
+                gateway.live_until = heard_at + gateway.stale_s
+            self._tell([entry._fields["engine_id"] for entry, _ in changes])
+
+    def _apply_some(self, gateway: _Gateway, changes: list[_Change]) -> None:
+        engines, view, carried, known = self._engines, gateway.view, gateway.carried, self._known
+        newest = gateway.live_until - gateway.stale_s
+        with self._lock:
+            alone = len(self._gateways) == 1
+            for entry, gone_at in changes:
+                engine_id = entry._fields["engine_id"]
+                if carried:
+                    carried.discard(engine_id)
+                if gone_at is not None:
+                    view.pop(engine_id, None)
+                    if gone_at - entry._heard_at <= gateway.stale_s:
+                        self._gone[engine_id] = gone_at, gateway  # a farewell: nobody is removed so soon otherwise
+                    self._merge(engine_id)
+                    continue
+                if len(view) >= MAX_ENGINES and engine_id not in view:
+                    continue
+                view[engine_id] = entry
+                if entry._heard_at > newest:
+                    newest = entry._heard_at
+                if not alone:
+                    self._merge(engine_id)
+                    continue
+                engines[engine_id] = entry
+                if engine_id not in known.place:
+                    self._pool(engine_id, entry)
+            gateway.live_until = newest + gateway.stale_s
+
+    def _merge(self, engine_id: str) -> None:
+        """Put together what all gateways told of an engine; under the lock."""
+        told = [entry for gateway in self._gateways if (entry := gateway.view.get(engine_id)) is not None]
+        gone = self._gone.get(engine_id)
+        if gone is not None:
+            gone_at, by = gone
+            told = [entry for entry in told if entry._gateway is by or entry._heard_at > gone_at + FAREWELL_S]
+            if told:
+                del self._gone[engine_id]  # it has spoken since
+        if not told:
+            if self._engines.pop(engine_id, None) is not None:
+                self._live.discard(engine_id)
+                self._known.discard(engine_id)
+            return
+        best = told[0] if len(told) == 1 else self._freshest(told)
+        self._engines[engine_id] = best
+        self._pool(engine_id, best)
+
+    def _pool(self, engine_id: str, entry: Entry) -> None:
+        """Let it be drawn, if it can be; what turns out not to be live is taken out when it is drawn."""
+        if entry._available:
+            if engine_id not in self._live.place:
+                self._live.add(engine_id)
+            if entry._load_known and engine_id not in self._known.place:
+                self._known.add(engine_id)
+
+    def _freshest(self, told: list[Entry]) -> Entry:
+        """Of what several gateways told of one engine, what counts."""
+        now = self._clock()
+        bounded = [self._bounded(entry, told, now) for entry in told]
+        best = max(bounded, key=lambda entry: entry._heard_at)
+        if best._load_known or not best._available:
+            return best
+        loads = [
+            entry
+            for entry in bounded
+            if entry._load_known and entry._available and now - entry._shown_at <= entry._gateway.stale_s
+        ]
+        if not loads:
+            return best
+        load = max(loads, key=lambda entry: entry._shown_at)
+        return Entry(load._fields, load._gateway, best._heard_at, load._shown_at, True, True)
+
+    @staticmethod
+    def _bounded(entry: Entry, told: list[Entry], now: float) -> Entry:
+        """An entry, no younger than what another gateway knows of the same state allows, but for a round trip."""
+        shown_at = entry._shown_at
+        for other in told:
+            limit = other._shown_at + entry._gateway.round_trip_s
+            if limit < shown_at and (
+                now - other._gateway.arrived_at <= REACHABLE_S
+                and other._fields["timestamp_ms"] == entry._fields["timestamp_ms"]
+                and _state_of(other._fields) == _state_of(entry._fields)
+            ):
+                shown_at = limit
+        if shown_at == entry._shown_at:
+            return entry
+        is_sign = abs(entry._heard_at - entry._shown_at) <= SAME_SIGN_S  # it was heard from by this very state
+        heard_at = shown_at if is_sign else entry._heard_at
+        return Entry(entry._fields, entry._gateway, heard_at, shown_at, entry._available, entry._load_known)
+
+    def _tell(self, engine_ids: Container[str] | list[str]) -> None:
+        """Something changed: whoever waits is woken."""
+        with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+            for subscription in self._callbacks:
+                subscription.add(engine_ids)
+
+    def _keep(self) -> None:
+        """Look for what grew old, and call the callbacks, until the table is closed."""
+        notice_at = float("-inf")
+        wake, last = self._keeper_wake, self._clock()
+        while not self._closed:
+            if wake.wait(KEEPER_S):
+                wake.clear()
+            now = self._clock()
+            if now - last >= KEEPER_S:
+                self._look_for_old(last, now)
+                self._look_for_usual()
+                last = now
+            for subscription in list(self._callbacks):
+                try:
+                    subscription.call()
+                except Exception:
+                    if time.monotonic() - notice_at >= NOTICE_S:
+                        notice_at = time.monotonic()
+                        logger.exception("a callback that on_change() was given raised")
+
+    def _look_for_old(self, last: float, now: float) -> None:
+        """Remove what no gateway is there to speak of and is too old; tell who grew stale since the last look."""
+        changed = [
+            entry._fields["engine_id"]
+            for entry in self.entries()
+            if last - entry._heard_at <= entry._gateway.stale_s < now - entry._heard_at
+        ]
+        for gateway in self._gateways:
+            expire_s = 3 * gateway.stale_s if self._expire_s is None else self._expire_s
+            with self._lock:
+                doubtful = gateway.carried if gateway.connected else gateway.view
+                old = [
+                    engine_id
+                    for engine_id in doubtful
+                    if (entry := gateway.view.get(engine_id)) is None or now - entry._heard_at > expire_s
+                ]
+                for engine_id in old:
+                    gateway.view.pop(engine_id, None)
+                    gateway.carried.discard(engine_id)
+                    self._merge(engine_id)
+                if not (gateway.followed or gateway.view):
+                    self._gateways = [other for other in self._gateways if other is not gateway]
+            changed.extend(old)
+        if self._gone:
+            with self._lock:
+                for engine_id, (gone_at, by) in list(self._gone.items()):
+                    if now - gone_at > 3 * by.stale_s:
+                        del self._gone[engine_id]
+        if changed:
+            self._tell(changed)
+
+
+class _Subscription:
+    """Ids of engines that changed and are still to be told; its lock guards them."""
+
+    def __init__(self, wake: Callable[[], None], callback: Callable[[frozenset[str]], object] | None = None) -> None:
+        self._wake = wake
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._ids: set[str] = set()
+
+    def add(self, engine_ids: Any) -> None:
+        with self._lock:
+            was_empty = not self._ids
+            self._ids.update(engine_ids)
+        if was_empty:
+            self._wake()
+
+    def take(self) -> frozenset[str]:
+        with self._lock:
+            taken, self._ids = frozenset(self._ids), set()
+        return taken
+
+    def call(self) -> None:
+        if self._callback is not None:
+            changed = self.take()
+            if changed:
+                self._callback(changed)
+
+
+def _check_token(token: str) -> None:
+    """Raise ValueError for what cannot be sent as a token; the token is not shown."""
+    if not (token and token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("the token has characters that none has: it is printable ASCII without spaces")
+
+
+_fork_lock = threading.Lock()
+_tables: weakref.WeakSet[EngineTable] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    global _fork_lock
+    _fork_lock = threading.Lock()
+    for table in _tables:
+        table._forked = True
+        for name in table._names:
+            name.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
