@@ -69,10 +69,11 @@ HUNG_AFTER_S = 1.0  # beyond the threshold, while engines were live: by then the
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.1, 2.0  # the delay doubles; the longest is also what `retry:` says, up to 30 s
 REFUSED_RETRY_S = 5.0  # the longest delay after an answer that is no event stream
 LOOKUP_S = 5.0  # between two looks at a name's addresses
-SLOW_ANSWER_S = 0.25  # a stream that was opened so slowly is opened once more, to know better when things were written
+DOUBT_S = 0.1  # a stream that was opened so slowly is opened again, to know better when things were written
 CONFIDENCE_S = 0.1  # by which an entry may look younger than it is where the round trip is longer
 ORDER_S = 0.01  # by which stamps of milliseconds may seem out of order
-LATE_S = 0.05
+LATE_S = 0.05  # events that come later than that are looked at twice
+DRIFT = 0.00005  # seconds a second by which two clocks drift apart at most
 SAME_SIGN_S = 0.002  # ages of one event: a state that is also the last sign of life
 REACHABLE_S = 2.0  # a gateway that sent something within this time is a witness against another
 FAREWELL_S = 0.1  # after a farewell, what another gateway heard counts only if it is newer by this much
@@ -234,6 +235,11 @@ def _parse_all_json(texts: list[str]) -> list[Any]:
     return [_parse_json(text) for text in texts]
 
 
+def _ms(seconds: float) -> int:
+    """Whole ms, for what is a whole number but for the rounding of floats, too."""
+    return max(0, int(seconds * 1000 + 0.001))
+
+
 class Entry:
     """What is known of an engine: read-only, with the names that /engines has, and its ages as of now.
 
@@ -295,12 +301,12 @@ class Entry:
     @property
     def age_ms(self) -> int:
         """Since the engine was last heard from, in ms, by the gateway that heard from it last."""
-        return max(0, int((self._gateway.clock() - self._heard_at) * 1000))
+        return _ms(self._gateway.clock() - self._heard_at)
 
     @property
     def state_age_ms(self) -> int:
         """Since the load state shown was received, in ms."""
-        return max(0, int((self._gateway.clock() - self._shown_at) * 1000))
+        return _ms(self._gateway.clock() - self._shown_at)
 
     @property
     def status(self) -> str:
@@ -369,67 +375,100 @@ _needed_of = itemgetter(
 
 
 class _WrittenAt:
-    """When, by this process's clock, a gateway wrote what has come on one of its streams.
+    """When, by this process's clock, a gateway wrote what comes on its streams; one thread's.
 
-    The gateway's clock stands in each entry: when the state shown was received, plus that state's age. How far it is
-    ahead of this process's is known from what came fastest, and from when the stream was asked for and answered.
+    The gateway's clock stands in each entry: when the state shown was received, plus that state's age. This process's
+    clock is ahead of it by an amount that lies between two bounds: what is answered was written after it was asked for,
+    and whatever comes was written before it came. Each answer and each event can make them narrower.
     """
 
     WINDOW_S = 10.0
     SAMPLES = 5
 
     def __init__(self) -> None:
-        self._asked_at = 0.0
-        self._offset: float | None = None
-        self._last = float("-inf")
-        self._doubt = 0.0
+        self._asked_at: float | None = None
+        self._offset: float | None = None  # what is added to the gateway's clock
+        self._least = self._most = 0.0
+        self._last = float("-inf")  # when what came last was written
+        self._bounds_at = 0.0
         self.round_trip_s = 0.0
         self._begin_window(0.0)
 
-    def ask(self, now: float) -> None:
-        """The request is sent now: all that comes was written later."""
-        self._asked_at = now
-
     def _begin_window(self, now: float) -> None:
         self._window_ends = now + self.WINDOW_S
-        self._fastest = float("inf")
-        self._samples = 0
-        self._sample_at = now
+        self._fastest: float = float("inf")
+        self._samples: int = 0
+        self._sample_at: float = now
 
-    def first(self, arrived_at: float, clock_s: float) -> float:
-        """Of the answer itself: what is not known of when it was written is taken for age, but for CONFIDENCE_S."""
-        self._begin_window(arrived_at)
-        self.round_trip_s = max(0.0, arrived_at - self._asked_at)
-        self._doubt = max(0.0, self.round_trip_s - CONFIDENCE_S)
-        self._offset = arrived_at - self._doubt - clock_s
-        self._last = arrived_at - self._doubt
-        return self._last
+    @property
+    def doubt_s(self) -> float:
+        """By how much ages may be too high, because it is not known better when things were written."""
+        return max(0.0, self._most - self._least - CONFIDENCE_S)
 
-    def of(self, arrived_at: float, clock_s: float, before: Entry | None) -> float:
-        """Of an event; `before` is what the same stream told of the same engine before."""
-        if self._offset is None:
-            return self.first(arrived_at, clock_s)
-        written_at = clock_s + self._offset
+    def ask(self, now: float) -> None:
+        """The request is sent now: all that comes on the stream is written later."""
+        self._asked_at = now
+
+    def of(self, arrived_at: float, clock_s: float, before: Entry | None = None) -> float:
+        """Of an event; `before` is what the same gateway told of the same engine before."""
+        if self._asked_at is not None:
+            return self._of_answer(arrived_at, clock_s)
+        written_at = clock_s + self._offset  # type: ignore[operator]
         if self._last - ORDER_S <= written_at <= arrived_at and (
             arrived_at - written_at < LATE_S or before is None or clock_s - before._gateway_clock_s() > SAME_SIGN_S
         ):
             if written_at > self._last:
                 self._last = written_at
             return written_at
-        # It came faster than any before, or the gateway's clock was set: its stamps could not go back otherwise.
-        self._offset = arrived_at - clock_s
+        most = arrived_at - clock_s
+        if most < self._least - ORDER_S or written_at <= arrived_at:
+            # The gateway's clock was set: nothing comes before it is written, and no stamp goes back.
+            self._least += most - self._most
+        self._most = most
+        self._offset = most
         self._last = arrived_at
         return arrived_at
 
-    def drift(self, arrived_at: float, clock_s: float) -> None:
-        """Follow a clock that runs at another speed, or was set back by less than the stream was silent."""
-        self._fastest = min(self._fastest, arrived_at - clock_s)
+    def _of_answer(self, arrived_at: float, clock_s: float) -> float:
+        """Of the first event of a stream: what is not known of when it was written counts as age, but CONFIDENCE_S."""
+        asked_at = self._asked_at or 0.0
+        self._asked_at = None
+        least, most = asked_at - clock_s, arrived_at - clock_s
+        self.round_trip_s = most - least
+        self._widen(arrived_at)
+        if self._offset is not None and least <= self._most + ORDER_S and most >= self._least - ORDER_S:
+            self._least = max(self._least, least)
+            self._most = max(self._least, min(self._most, most))
+        else:
+            self._least, self._most = least, most
+            self._begin_window(arrived_at)
+        self._offset = min(self._most, self._least + CONFIDENCE_S)
+        self._last = max(asked_at, min(arrived_at, clock_s + self._offset))
+        return self._last
+
+    def learn(self, arrived_at: float, clock_s: float) -> None:
+        """Make the bounds narrower by what came, and follow a clock that was set back while nothing came."""
+        most = arrived_at - clock_s
+        self._widen(arrived_at)
+        self._most = max(self._least, min(self._most, most))
+        self._offset = min(self._most, self._least + CONFIDENCE_S)
+        self._fastest = min(self._fastest, most)
         if arrived_at >= self._sample_at:
             self._sample_at = arrived_at + 1.0
             self._samples += 1
         if arrived_at >= self._window_ends and self._samples >= self.SAMPLES:
-            self._offset = self._fastest - self._doubt
+            if self._fastest > self._most + LATE_S:
+                # Everything has been late for so long: it is not late, the clock was set back.
+                self._least += self._fastest - self._most
+                self._most = self._fastest
             self._begin_window(arrived_at)
+
+    def _widen(self, now: float) -> None:
+        """Clocks drift apart."""
+        drift = max(0.0, now - self._bounds_at) * DRIFT
+        self._bounds_at = now
+        self._least -= drift
+        self._most += drift
 
 
 @dataclass(frozen=True)
@@ -595,7 +634,8 @@ class _Follower:
         self._resumes = False
         self._stamps = _WrittenAt()
         self._retry_ms: int | None = None
-        self._reopened_at = float("-inf")
+        self._reopen_at = float("-inf")
+        self._reopen_after_s = 1.0
         self.thread = threading.Thread(target=self._run, name=f"engine-table {gateway.address}", daemon=True)
 
     def stop(self) -> None:
@@ -670,8 +710,9 @@ class _Follower:
             except TimeoutError:
                 raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s") from None
             self._check(response)
-            self._stream = EventStream(last_event_id=self._stream.last_event_id if self._resumes else "")
-            self._read(sock, response)
+            resumes, self._resumes = self._resumes, False  # until something came that can be used
+            self._stream = EventStream(last_event_id=self._stream.last_event_id if resumes else "")
+            self._read(sock, response, resumes)
         except UnicodeEncodeError as error:
             raise _Refused(f"the request cannot be written: {error}") from None
         finally:
@@ -731,11 +772,11 @@ class _Follower:
         if (response.getheader("Content-Encoding") or "identity").strip().lower() != "identity":
             raise _Refused("its event stream is compressed, which was not asked for: a proxy between must not do that")
 
-    def _read(self, sock: socket.socket, response: http.client.HTTPResponse) -> None:
+    def _read(self, sock: socket.socket, response: http.client.HTTPResponse, resumes: bool) -> None:
         gateway, stream, clock = self.gateway, self._stream, self.gateway.clock
         arrived_at = opened_at = clock()
         is_first = True
-        if self._resumes:
+        if resumes:
             self._is_followed()
         while True:
             wait_s = SILENCE_S
@@ -756,33 +797,35 @@ class _Follower:
             if stream.retry_ms is not None:
                 self._retry_ms = stream.retry_ms
             if not events:
-                if is_first and not self._resumes and not stream.is_within and clock() - opened_at > SNAPSHOT_TIMEOUT_S:
+                if is_first and not resumes and not stream.is_within and clock() - opened_at > SNAPSHOT_TIMEOUT_S:
                     raise StreamError(f"no snapshot within {SNAPSHOT_TIMEOUT_S:g} s; is this a state gateway?")
                 continue
-            if is_first and not self._resumes and events[0][0] != "snapshot":
+            if is_first and events[0][0] not in (_KINDS if resumes else (_SNAPSHOT,)):
                 raise StreamError(f"its first event is {events[0][0][:40]!r}, not a snapshot")
-            is_answer = is_first and events[0][0] == "snapshot"
-            self._take(events, arrived_at, is_answer)
             is_first = False
-            self._resumes = bool(stream.last_event_id)
+            if self._take(events, arrived_at):
+                self._resumes = bool(stream.last_event_id)
             if not gateway.connected:
                 self._is_followed()
-            if is_answer:
-                gateway.round_trip_s = self._stamps.round_trip_s
-                if gateway.round_trip_s > SLOW_ANSWER_S and arrived_at - self._reopened_at > NOTICE_S:
-                    self._reopened_at = arrived_at
-                    self._resumes = False
-                    return  # so slow an answer leaves it open how old things are: asked again, it may be fast
+            gateway.round_trip_s = self._stamps.round_trip_s
+            if self._stamps.doubt_s > DOUBT_S and arrived_at >= self._reopen_at:
+                self._reopen_at = arrived_at + self._reopen_after_s
+                self._reopen_after_s = min(60.0, 2 * self._reopen_after_s)
+                self._resumes = self._resumes and len(gateway.view) > 1000
+                return  # asked again, it may answer faster
 
     def _is_followed(self) -> None:
         self._table._set_connected(self.gateway, True)
         self.gateway.problem = ""
         self._name.say_well(self.gateway.address)
 
-    def _take(self, events: list[tuple[str, str, float]], arrived_at: float, is_answer: bool) -> None:
-        """Put events into the table; raises StreamError where what follows could not be trusted."""
+    def _take(self, events: list[tuple[str, str, float]], arrived_at: float) -> bool:
+        """Put events into the table; returns whether any could be used.
+
+        Raises StreamError where what follows could not be trusted.
+        """
         gateway, stamps, view = self.gateway, self._stamps, self.gateway.view
-        gateway.events += len(events)
+        count, has_snapshot = len(events), False
         events = [event for event in events if event[0] in _KINDS]  # others are of a newer gateway
         changes: list[_Change] = []
         clock_s = None
@@ -790,8 +833,8 @@ class _Follower:
             if kind == _SNAPSHOT:
                 self._table._apply(gateway, changes)
                 changes = []
-                self._take_snapshot(document, began_at, is_answer)
-                is_answer = False
+                self._take_snapshot(document, began_at)
+                has_snapshot = True
                 continue
             try:
                 clock_s = (document["received_ms"] + document["state_age_ms"]) / 1000
@@ -803,10 +846,12 @@ class _Follower:
                 continue
             changes.append((entry, written_at if kind == _REMOVED else None))
         if clock_s is not None:
-            stamps.drift(arrived_at, clock_s)
+            stamps.learn(arrived_at, clock_s)
         self._table._apply(gateway, changes)
+        gateway.events += count
+        return has_snapshot or bool(changes)
 
-    def _take_snapshot(self, document: Any, began_at: float, is_answer: bool) -> None:
+    def _take_snapshot(self, document: Any, began_at: float) -> None:
         try:
             instance, engines = document["instance"], document["engines"]
             stale_ms, clock_s = document["stale_threshold_ms"], document["time_ms"] / 1000
@@ -814,8 +859,8 @@ class _Follower:
                 raise ValueError("instance, engines or stale_threshold_ms is not what it should be")
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise StreamError(f"its snapshot is no state gateway's: {error!r}") from None
-        gateway, stamps = self.gateway, self._stamps
-        written_at = stamps.first(began_at, clock_s) if is_answer else stamps.of(began_at, clock_s, None)
+        gateway = self.gateway
+        written_at = self._stamps.of(began_at, clock_s)
         changes: list[_Change] = []
         for engine_id, fields in engines.items():
             try:
@@ -1351,7 +1396,8 @@ class EngineTable:
             self._tell([entry._fields["engine_id"] for entry, _ in changes])
 
     def _apply_some(self, gateway: _Gateway, changes: list[_Change]) -> None:
-        engines, view, carried, known = self._engines, gateway.view, gateway.carried, self._known
+        engines, view, carried = self._engines, gateway.view, gateway.carried
+        live, known = self._live, self._known
         newest = gateway.live_until - gateway.stale_s
         with self._lock:
             alone = len(self._gateways) == 1
@@ -1374,7 +1420,7 @@ class EngineTable:
                     self._merge(engine_id)
                     continue
                 engines[engine_id] = entry
-                if engine_id not in known.place:
+                if engine_id not in live.place or engine_id not in known.place:
                     self._pool(engine_id, entry)
             gateway.live_until = newest + gateway.stale_s
 
