@@ -97,7 +97,8 @@ class DaemonLog:
                 return
             try:
                 # Not sys.stderr: a thread that is stuck in its buffer's lock makes the interpreter abort at exit.
-                os.write(2, line)
+                while line:
+                    line = line[os.write(2, line) :]
             except OSError:
                 self._handler.dropped += 1
 

@@ -19,6 +19,7 @@ from typing import Any
 from config import BROADCAST, PREFIX, UNICAST, Config
 from engine_state import EngineState
 from http_server import HttpServer
+from log_file import LogInUse, standard_stream
 from state_entry import entry
 from state_log import LogCounters, StateLog
 from state_query import Query
@@ -137,7 +138,9 @@ class StateGateway:
         for sock in (*self._sockets, *([http_socket] if http_socket else ())):
             opened.callback(sock.close)
         self._report_receive_buffer()
-        self._log_path = os.path.abspath(config.log_file)  # now, since the working folder may go away or change
+        self._log_path = config.log_file
+        if standard_stream(self._log_path) is None:
+            self._log_path = os.path.abspath(self._log_path)  # now, since the working folder may go away or change
         if config.enable_log:
             self._log = self._open_log()
             opened.callback(self._log.abandon)
@@ -233,6 +236,7 @@ class StateGateway:
             log.open("gateway_started", self.describe(), **self._identity())
         except OSError as error:
             raise StartError(_cannot_log(log.path, error)) from error
+        self._log_path = log.path
         return log
 
     def start(self) -> None:
@@ -488,6 +492,11 @@ def _cannot_listen(protocol: str, address: str, port: int, error: OSError) -> st
 
 def _cannot_log(path: str, error: OSError) -> str:
     problem = f"cannot open the state log {path}: {error.strerror}"
+    if isinstance(error, LogInUse):
+        return (
+            f"{problem}; two that write to one log would lose lines: see which process it is with `fuser -v {path}` or"
+            f" `lsof {path}`, stop it, or set another {PREFIX}LOG_FILE"
+        )
     if error.errno == errno.ENXIO:
         problem += " (a FIFO that nobody reads, or a socket)"
     return (

@@ -1,19 +1,15 @@
 """The state log: one JSON object a line, written in batches by a thread of its own.
 
 The listener appends to a bounded buffer and never waits for the disk. This is the one place where the disk may fail:
-lines wait while it does, those that find no room are dropped and counted, and it is tried again.
+lines wait while it does, those that find no room are dropped and counted, and it is tried again. What is a file's own
+(its lock, its rotation, being moved) is in log_file.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
 import json
 import logging
-import os
-import select
-import stat
 import threading
 import time
 from collections import deque
@@ -21,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from daemon_log import OncePerMinute
+from log_file import make_log_target
 from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.log")
@@ -28,12 +25,10 @@ logger = logging.getLogger("elrar.log")
 BUFFER_BYTES = 32 * 1024 * 1024  # 20 s of 5,000 states/s
 FLUSH_INTERVAL_S = 0.03  # what a `kill -9` can lose; ten times as often takes no measurable CPU
 FLUSH_BYTES = 256 * 1024  # or as soon as so much waits, for as long as it is in the processor's cache
-PIPE_PATIENCE_S = 0.5  # for the reader of a pipe to make room, before it counts as trouble
+PIPE_TIMEOUT_S = 0.5  # for the reader of a pipe to make room, before it counts as trouble
 RETRY_INTERVAL_S = 1.0
-ROTATE_RETRY_S = 60.0
-NEVER_ROTATED = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/")  # names that are no places in a folder
-WRITE_BYTES = 1024 * 1024  # at most in one system call, so that a slow disk is seen to move
-WRITE_PIECES = 1000  # the same; systems take 1024
+LOCK_TIMEOUT_S = 2.0  # for a gateway that is just stopping to let go of the log
+MAX_PIECES_PER_WRITE = 1000  # systems take 1024
 _OVERHEAD = 160  # bytes of memory of what is appended at once, besides its text
 
 
@@ -43,12 +38,12 @@ class LogCounters:
 
     written: int = 0  # states
     dropped: int = 0  # states that found no room in the buffer, or that were given up at stop
-    errors: int = 0  # attempts to write or open that failed
+    errors: int = 0  # attempts to write, open or rotate that failed
     rotations: int = 0
 
 
 @dataclass(slots=True)
-class _Lines:
+class Lines:
     """Whole lines on their way to the file; `offset` is how far they are written."""
 
     data: bytes
@@ -60,9 +55,110 @@ class _Lines:
         """Bytes of memory that they take while they wait."""
         return len(self.data) + _OVERHEAD if self.states else 0  # an event's one line is not in the account
 
+    @property
+    def begun(self) -> int:
+        """How many bytes of an unfinished line are written."""
+        return self.offset - (self.data.rfind(b"\n", 0, self.offset) + 1)
+
+    def back_to_line_start(self) -> None:
+        """Have an unfinished line written again from its beginning."""
+        self.offset -= self.begun
+
+
+class LineBuffer:
+    """Lines between the threads that append and the one that writes; bounded, and never waited for."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()  # guards all below; held for a few additions and a swap of lists
+        self._waiting: list[Lines] = []
+        self._waiting_bytes = 0
+        self._bytes = 0  # of memory, appended and not yet written
+        self._states = 0  # appended and not yet written
+        self.dropped = 0  # states; reading it needs no lock
+        self._closed = False
+
+    def append(self, lines: Lines) -> bool:
+        """Have them wait, or drop and count them; returns whether it is time to write. From any thread."""
+        with self._lock:
+            if self._closed or self._bytes + lines.memory > self.max_bytes:
+                self.dropped += lines.states
+                return False
+            self._bytes += lines.memory
+            self._states += lines.states
+            self._waiting.append(lines)
+            due = self._waiting_bytes < FLUSH_BYTES <= self._waiting_bytes + len(lines.data)
+            self._waiting_bytes += len(lines.data)
+        return due
+
+    def remove_waiting(self) -> list[Lines]:
+        """All that waits, for the writer, who says when it is written."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+            self._waiting_bytes = 0
+        return waiting
+
+    def note_written(self, memory: int, states: int) -> None:
+        """So many bytes of memory are free again, so many states are in the file."""
+        with self._lock:
+            self._bytes -= memory
+            self._states -= states
+
+    def close(self) -> int:
+        """Count as dropped what is not written, and from now on what is appended; returns how many states."""
+        with self._lock:
+            given_up, self._states = self._states, 0
+            self.dropped += given_up
+            self._closed = True
+        return given_up
+
+
+class Trouble:
+    """A log that cannot be written: tried again every second, and logged once until it works again."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._retry_at = clock()
+        self._is_failing = False
+        self._is_logged = False
+        self._notice = OncePerMinute(clock)
+
+    def may_try(self) -> bool:
+        """Whether it is time to try."""
+        return self._clock() >= self._retry_at
+
+    def try_at_once(self) -> None:
+        """Do not wait for the next second."""
+        self._retry_at = self._clock()
+
+    def failed(self, name: str, error: OSError, buffer_bytes: int) -> None:
+        """A try has failed."""
+        self._retry_at = self._clock() + RETRY_INTERVAL_S
+        if not self._is_failing:
+            self._is_failing = True
+            if self._notice.add():
+                self._notice.example(str(error))
+        text = None if self._is_logged else self._notice.due()
+        if text is not None:
+            self._is_logged = True
+            logger.error(
+                "cannot write the state log, states are still taken file=%s %s; lines wait in a buffer of %d MiB, what"
+                " does not fit is dropped and counted; it is tried again every second",
+                name,
+                text,
+                buffer_bytes >> 20,
+            )
+
+    def worked(self, name: str, dropped: int) -> None:
+        """A try has worked."""
+        self._is_failing = False
+        if self._is_logged:
+            self._is_logged = False
+            logger.warning("writing the state log again file=%s dropped=%d", name, dropped)
+
 
 class StateLog:
-    """A JSONL file that is rotated by size, followed when it is moved, and retried when it cannot be written.
+    """Writes states and events as JSONL, to a file or a standard stream.
 
     `append` may be called from any thread and never waits for the disk; `reopen` even from a signal handler. `open`
     comes first, then `run` has a thread, then `stop` and `close`. `step` belongs to that thread.
@@ -78,49 +174,37 @@ class StateLog:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = path
-        self._max_bytes = max_bytes
-        self._backups = backups
-        self._buffer_bytes = buffer_bytes
+        self._target = make_log_target(path, max_bytes, backups, clock=clock)
+        self._buffer = LineBuffer(buffer_bytes)
         self._clock = clock
         self._wall_clock = wall_clock
-        # Guards the six below: appended to by the listener, swapped out whole by the writer.
-        self._lock = threading.Lock()
-        self._waiting: list[_Lines] = []
-        self._waiting_bytes = 0
-        self._buffered_bytes = 0  # appended and not yet written, `_unwritten` included
-        self._appended = 0  # states
-        self._dropped = 0
-        self._closed = False
         self._stopping = False
-        self._turn = WakeUp()  # the writer's
+        self._wakeup = WakeUp()
         self._reopen_asked = False
         # All below is the writer's own.
-        self._fd = -1
-        self._unwritten: deque[_Lines] = deque()
+        self._unwritten: deque[Lines] = deque()
         self._written = 0
         self._errors = 0
-        self._rotations = 0
-        self._failing = False
-        self._said_failing = False
-        self._trouble = OncePerMinute(clock)
-        self._retry_at = self._rotate_at = clock()  # not before
+        self._trouble = Trouble(clock)
         self.moved_at = clock()  # monotonic
 
     @property
     def path(self) -> str:
-        """The path as it was set."""
-        return self._path
+        """Where it is: the path as it was set, or /dev/stdout, or /dev/stderr."""
+        return self._target.name
 
-    def open(self, event: str, message: str, **fields: object) -> None:
-        """Open the file and write its first line; raises OSError where that cannot be done."""
-        self._open_file()
+    def open(self, event: str, message: str, *, lock_timeout_s: float = LOCK_TIMEOUT_S, **fields: object) -> None:
+        """Open the file and write its first line; raises OSError if that cannot be done.
+
+        LogInUse if another process has had the file locked for `lock_timeout_s`.
+        """
+        self._target.open(lock_timeout_s)
         try:
             self._unwritten.append(self._event(event, message, fields))
             self._write_unwritten()
         except BaseException:
-            self._unfinished_line_back_out()
-            self._close_file()
+            self._take_unfinished_line_back()
+            self._target.close()
             raise
 
     def append(self, received_s: float, states: Sequence[bytes], sources: Sequence[bytes]) -> None:
@@ -137,24 +221,12 @@ class StateLog:
         pieces[1::4] = states
         pieces[3::4] = sources
         pieces.append(b"}\n")
-        self._buffer(_Lines(b"".join(pieces), len(states)))
+        if self._buffer.append(Lines(b"".join(pieces), len(states))):
+            self._wakeup.ring()
 
-    def _buffer(self, lines: _Lines) -> None:
-        with self._lock:
-            if self._closed or self._buffered_bytes + lines.memory > self._buffer_bytes:
-                self._dropped += lines.states
-                return
-            self._buffered_bytes += lines.memory
-            self._appended += lines.states
-            self._waiting.append(lines)
-            due = self._waiting_bytes < FLUSH_BYTES <= self._waiting_bytes + len(lines.data)
-            self._waiting_bytes += len(lines.data)
-        if due:
-            self._turn.ring()
-
-    def _event(self, event: str, message: str, fields: dict[str, object]) -> _Lines:
+    def _event(self, event: str, message: str, fields: dict[str, object]) -> Lines:
         document = {"timestamp": self._wall_clock(), "event": event, "message": message, **fields}
-        return _Lines(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n", 0)
+        return Lines(json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n", 0)
 
     def reopen(self) -> None:
         """Have the file opened anew at the next step, as after SIGHUP."""
@@ -162,256 +234,125 @@ class StateLog:
 
     def counters(self) -> LogCounters:
         """The counters; each is true, but they are not of one moment."""
-        return LogCounters(self._written, self._dropped, self._errors, self._rotations)
+        target = self._target
+        return LogCounters(self._written, self._buffer.dropped, self._errors + target.errors, target.rotations)
 
     def run(self) -> None:
         """Write what waits, every FLUSH_INTERVAL_S or FLUSH_BYTES, until `stop` is called; then once more."""
         while not self._stopping:
             self.step()
-            self._turn.wait(FLUSH_INTERVAL_S)
-        self._retry_at = self._clock()
+            self._wakeup.wait(FLUSH_INTERVAL_S)
+        self._trouble.try_at_once()
         self.step()
 
     def stop(self) -> None:
         """Make `run` write what waits and return; from any thread, twice is harmless."""
         self._stopping = True
-        self._turn.ring()
+        self._wakeup.ring()
 
     def close(self, event: str, message: str, **fields: object) -> int:
         """Write the last line and close the file; returns how many states had to be given up.
 
         Only after `run` has returned.
         """
-        given_up = self.give_up()
+        given_up = self._buffer.close()
         if not given_up:
             self._unwritten.append(self._event(event, message, {**fields, "log_written": self._written}))
             try:
                 self._write_unwritten()
             except OSError as error:
-                self._unfinished_line_back_out()
+                self._take_unfinished_line_back()
                 logger.error("the last line of the state log was not written error=%s", error)
-        self._close_file()
+        self._target.close()
         return given_up
 
     def give_up(self) -> int:
         """Count all that is not written yet as dropped; returns how many states. From any thread, at stop."""
-        with self._lock:
-            given_up = self._appended - self._written
-            self._dropped += given_up
-            self._closed = True  # what is appended from now on is dropped, and counted so
-        return given_up
+        return self._buffer.close()
 
     def abandon(self) -> None:
-        """Close the file and nothing else, in a forked child."""
-        self._close_file()
+        """Close the file and nothing else: its lock stays with the process that this one was forked from."""
+        self._target.close()
 
     def step(self) -> None:
         """One round: see whether the file is still there, and write all that waits."""
         self.moved_at = self._clock()
-        self._take_waiting()
-        if self._clock() < self._retry_at:
+        self._unwritten.extend(self._buffer.remove_waiting())
+        if not self._trouble.may_try():
             return
         try:
-            self._follow_file()
+            if self._target.follow(reopen=self._reopen_asked) and self._unwritten:
+                self._unwritten[0].back_to_line_start()
+            self._reopen_asked = False
             self._write_unwritten()
         except OSError as error:
-            self._failed(error)
+            self._errors += 1
+            self._take_unfinished_line_back()
+            self._trouble.failed(self._target.name, error, self._buffer.max_bytes)
         else:
-            self._failing = False
-            if self._said_failing:
-                self._said_failing = False
-                logger.warning("writing the state log again file=%s dropped=%d", self._path, self._dropped)
-
-    def _failed(self, error: OSError) -> None:
-        self._errors += 1
-        self._retry_at = self._clock() + RETRY_INTERVAL_S
-        self._unfinished_line_back_out()
-        if not self._failing:
-            self._failing = True
-            if self._trouble.add():
-                self._trouble.example(str(error))
-        said = None if self._said_failing else self._trouble.due()
-        if said is not None:
-            self._said_failing = True
-            logger.error(
-                "cannot write the state log, states are still taken file=%s %s; lines wait in a buffer of %d MiB, what"
-                " does not fit is dropped and counted; it is tried again every second",
-                self._path,
-                said,
-                self._buffer_bytes >> 20,
-            )
-
-    def _take_waiting(self) -> None:
-        with self._lock:
-            waiting, self._waiting = self._waiting, []
-            self._waiting_bytes = 0
-        self._unwritten.extend(waiting)
+            self._trouble.worked(self._target.name, self._buffer.dropped)
 
     def _write_unwritten(self) -> None:
         while self._unwritten:
-            pieces = self._next_pieces()  # which may rotate, and so change the descriptor
+            pieces = self._next_pieces()
             try:
-                wrote = os.writev(self._fd, pieces)
+                wrote = self._target.write(pieces)
             except BlockingIOError:  # a pipe is full
-                if not select.select([], [self._fd], [], 0 if self._stopping else PIPE_PATIENCE_S)[1]:
+                if not self._target.wait_for_room(PIPE_TIMEOUT_S):
                     raise
                 continue
             self._note_written(wrote)
             self.moved_at = self._clock()
 
     def _next_pieces(self) -> list[memoryview | bytes]:
-        """What is written next, in one system call: up to WRITE_BYTES, and not more than has room in the file."""
+        """What is written next, in one system call: whole lines if they fit, and not more than has room in the file."""
         first = self._unwritten[0]
-        end = min(len(first.data), first.offset + WRITE_BYTES)
-        room = WRITE_BYTES
-        if self._rotates():
-            end = self._end_in_this_file(first, end)
-            room = min(room, self._max_bytes - os.fstat(self._fd).st_size)
-        pieces: list[memoryview | bytes] = [memoryview(first.data)[first.offset : end]]
-        room -= end - first.offset
-        if end == len(first.data):
-            for lines in itertools.islice(self._unwritten, 1, WRITE_PIECES):
-                room -= len(lines.data)
-                if room < 0:
+        data, start = first.data, first.offset
+        line_bytes = data.index(b"\n", start) + 1 - start
+        most = self._target.max_write_bytes
+        if first.begun:  # the rest of a line goes where its beginning is
+            return [memoryview(data)[start : start + min(most, line_bytes)]]
+        room = self._target.room()
+        if room is not None:
+            if room < line_bytes and self._target.rotate():
+                room = self._target.room() or 0
+            # A line for which there is no room is written all the same: it is larger than a file may be, or the file
+            # could not be rotated, and a file that is too large is better than a line that is lost.
+            most = min(most, max(room, line_bytes))
+        end = min(len(data), start + most)
+        if end < len(data):
+            end = data.rfind(b"\n", start, end) + 1 or end
+        pieces: list[memoryview | bytes] = [memoryview(data)[start:end]]
+        if end == len(data):
+            most -= end - start
+            for lines in itertools.islice(self._unwritten, 1, MAX_PIECES_PER_WRITE):
+                most -= len(lines.data)
+                if most < 0:
                     break
                 pieces.append(lines.data)
         return pieces
 
     def _note_written(self, wrote: int) -> None:
         """Go on after so many bytes, counting the states whose lines are whole in the file by now."""
-        finished = 0
+        freed = states = 0
         while wrote:
             lines = self._unwritten[0]
-            begun, size = lines.offset, len(lines.data)
-            lines.offset = min(size, begun + wrote)
-            wrote -= lines.offset - begun
-            if lines.offset - begun == size:
-                self._written += lines.states  # counting its lines takes a tenth of a microsecond each
+            before, size = lines.offset, len(lines.data)
+            lines.offset = min(size, before + wrote)
+            wrote -= lines.offset - before
+            if lines.offset - before == size:
+                states += lines.states  # counting its lines takes a tenth of a microsecond each
             elif lines.states:
-                self._written += lines.data.count(b"\n", begun, lines.offset)
+                states += lines.data.count(b"\n", before, lines.offset)
             if lines.offset == size:
                 self._unwritten.popleft()
-                finished += lines.memory
-        with self._lock:
-            self._buffered_bytes -= finished
+                freed += lines.memory
+        self._written += states
+        self._buffer.note_written(freed, states)
 
-    def _rotates(self) -> bool:
-        return (
-            bool(self._max_bytes)
-            and stat.S_ISREG(os.fstat(self._fd).st_mode)
-            and not self._path.startswith(NEVER_ROTATED)
-        )
-
-    def _end_in_this_file(self, lines: _Lines, end: int) -> int:
-        """Rotate where not even one more line has room in the file; returns up to where there is room."""
-        if lines.offset and lines.data[lines.offset - 1] != 0x0A:
-            return lines.data.index(b"\n", lines.offset) + 1  # the rest of a line that was begun here
-        room = self._max_bytes - os.fstat(self._fd).st_size
-        if len(lines.data) - lines.offset <= room or end - lines.offset <= room:
-            return end
-        last_line_end = lines.data.rfind(b"\n", lines.offset, lines.offset + max(0, room)) + 1
-        if last_line_end > lines.offset:
-            return last_line_end
-        if self._clock() < self._rotate_at:
-            return end  # it could not be rotated: better a file that is too large than lines that are lost
-        if room < self._max_bytes:
-            self._rotate()
-            return self._end_in_this_file(lines, end)
-        return lines.data.index(b"\n", lines.offset) + 1  # a line that is larger than a file may be
-
-    def _rotate(self) -> None:
-        path = os.path.realpath(self._path)  # a symbolic link stays, and what it leads to is rotated where it is
-        try:
-            for number in range(self._backups - 1, 0, -1):
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(f"{path}.{number}", f"{path}.{number + 1}")
-            if self._backups:
-                os.replace(path, f"{path}.1")
-            else:
-                os.unlink(path)
-            self._open_file()
-        except OSError as error:
-            self._errors += 1
-            self._rotate_at = self._clock() + ROTATE_RETRY_S
-            logger.error("cannot rotate the state log, it goes on growing file=%s error=%s", self._path, error)
-        else:
-            self._rotations += 1
-
-    def _follow_file(self) -> None:
-        """Open the file anew where it was moved, removed or replaced, or where that was asked for."""
-        if self._fd >= 0 and not self._reopen_asked:
-            try:
-                there, ours = os.stat(self._path), os.fstat(self._fd)
-            except (FileNotFoundError, NotADirectoryError):
-                pass
-            else:
-                if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
-                    return
-        self._open_file()
-        self._reopen_asked = False
-        if self._unwritten:
-            self._to_line_start(self._unwritten[0])
-
-    def _open_file(self) -> None:
-        folder = os.path.dirname(self._path)
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-        fd = _open_for_append(self._path)
-        self._close_file()
-        self._fd = fd
-
-    def _close_file(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _unfinished_line_back_out(self) -> None:
+    def _take_unfinished_line_back(self) -> None:
         """Take the beginning of a line that could not be finished back out of the file, so that every line is whole."""
-        if not self._unwritten or self._fd < 0:
-            return
-        lines = self._unwritten[0]
-        begun = lines.offset - (lines.data.rfind(b"\n", 0, lines.offset) + 1)
-        if not begun:
-            return
-        try:
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - begun)
-        except OSError:
-            return  # a pipe: the rest of the line follows when it can
-        self._to_line_start(lines)
-
-    def _to_line_start(self, lines: _Lines) -> None:
-        lines.offset = lines.data.rfind(b"\n", 0, lines.offset) + 1
-
-
-def _open_for_append(path: str) -> int:
-    """Open a log file, close off a last line that a crash tore, and return its descriptor; raises OSError."""
-    flags = os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # nobody reads a FIFO: an error, no waiting
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
-        regular = True
-    try:
-        fd = os.open(path, flags | (os.O_RDWR if regular else os.O_WRONLY), 0o644)
-    except PermissionError:
-        if not regular:
-            raise
-        fd = os.open(path, flags | os.O_WRONLY, 0o644)  # may be written but not read
-    try:
-        if regular:
-            _close_off_torn_line(fd)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _close_off_torn_line(fd: int) -> None:
-    size = os.fstat(fd).st_size
-    try:
-        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-    except OSError as error:
-        if error.errno != errno.EBADF:  # opened for writing only: nobody can tell
-            raise
-        return
-    if torn:
-        os.write(fd, b"\n")
+        if self._unwritten:
+            first = self._unwritten[0]
+            if first.begun and self._target.take_back(first.begun):
+                first.back_to_line_start()

@@ -195,14 +195,16 @@ def gateway_command(*arguments: str) -> list[str]:
 class Daemon:
     """The gateway in a process of its own, started with the README's command."""
 
-    def __init__(self, cwd: Path, settings: Mapping[str, object], command: Sequence[str] = ()) -> None:
+    def __init__(
+        self, cwd: Path, settings: Mapping[str, object], command: Sequence[str] = (), stdout: int = subprocess.DEVNULL
+    ) -> None:
         environment = clean_environment(**{"UDP_PORT": 0, **settings})
         self.process = subprocess.Popen(
             command or gateway_command(),
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.PIPE,
         )
         self.lines: list[str] = []

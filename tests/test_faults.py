@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -25,10 +27,12 @@ from typing import Any
 
 from tests.harness import (
     DEADLINE_S,
+    TOP,
     Answer,
     Daemon,
     again_and_again,
     datagram,
+    free_port,
     gateway_command,
     logged_states,
     read_log,
@@ -47,9 +51,9 @@ class FaultCase(unittest.TestCase):
         self.folder = Path(folder.name)
         self.log = self.folder / "engine_states.jsonl"
 
-    def start(self, prefix: tuple[str, ...] = (), **settings: object) -> Daemon:
+    def start(self, prefix: tuple[str, ...] = (), stdout: int = subprocess.DEVNULL, **settings: object) -> Daemon:
         merged = {"BIND_ADDRESS": "127.0.0.1", "LOG_FILE": self.log, **settings}
-        running = Daemon(self.folder, merged, (*prefix, *gateway_command()))
+        running = Daemon(self.folder, merged, (*prefix, *gateway_command()), stdout)
         self.addCleanup(running.close)
         return running.wait_ready()
 
@@ -378,6 +382,183 @@ class Disks(FaultCase):
         self.assertEqual(len(files), 4)
         last = read_log(self.log)[-1]
         self.assertEqual(sum(len(logged_states(path)) for path in files), last["valid_states"])
+
+
+class Collected:
+    """Reads a descriptor to its end in a thread of its own, as a log collector does."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.data = bytearray()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):  # a terminal's end
+            while data := os.read(self._fd, 65536):
+                self.data += data
+
+    def finish(self) -> list[bytes]:
+        """Every line, once all writers are gone."""
+        self._thread.join(DEADLINE_S)
+        os.close(self._fd)
+        return bytes(self.data).splitlines()
+
+
+class StandardStreams(FaultCase):
+    """The state log on standard output or error, whatever that is, and whatever its reader does."""
+
+    def pair(self, kind: str) -> tuple[int, int]:
+        """Descriptors to read from and to write to."""
+        if kind == "pipe":
+            return os.pipe()
+        if kind == "socket":  # what systemd connects a service's output to
+            reading, writing = socket.socketpair()
+            return reading.detach(), writing.detach()
+        return pty.openpty()
+
+    def test_all_states_arrive_and_nothing_is_opened_or_rotated(self) -> None:
+        for kind, path in (("pipe", "-"), ("socket", "/dev/stdout"), ("terminal", "-")):
+            with self.subTest(kind, path=path):
+                reading, writing = self.pair(kind)
+                running = self.start(stdout=writing, LOG_FILE=path, LOG_MAX_BYTES=1000)
+                os.close(writing)
+                collected = Collected(reading)
+                for number in range(300):
+                    running.send(datagram(timestamp_ms=number))
+                running.wait_received(300)
+                running.signal(signal.SIGHUP)
+                self.assert_takes_a_good_datagram(running)
+                log = self.wait_log(running, written=301)
+                self.assertEqual(
+                    log,
+                    {
+                        "enabled": True,
+                        "file": "/dev/stdout",
+                        "written": 301,
+                        "dropped": 0,
+                        "errors": 0,
+                        "rotations": 0,
+                    },
+                )
+                self.assertEqual(running.stop(), 0)
+                documents = [json.loads(line) for line in collected.finish()]
+                self.assertEqual(documents[-1]["event"], "gateway_stopped")
+                self.assertEqual(len([one for one in documents if "state" in one]), 301)
+                self.assertEqual(os.listdir(self.folder), [])
+
+    def test_on_standard_error_both_logs_stay_whole(self) -> None:
+        running = self.start(LOG_FILE="/dev/stderr", VLLM_LOGGING_LEVEL="DEBUG")
+        for number in range(500):
+            running.send(datagram(timestamp_ms=number))
+        running.wait_received(500)
+        self.assertEqual(running.stop(), 0)
+        states = [json.loads(line) for line in running.lines if line.startswith("{")]
+        own = [line for line in running.lines if not line.startswith("{")]
+        self.assertEqual(len([one for one in states if "state" in one]), 500)
+        self.assertEqual([line for line in own if not re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ elrar\.", line)], [])
+
+    def test_a_file_that_both_logs_are_sent_to(self) -> None:
+        both = self.folder / "both"
+        command = ("sh", "-c", f'exec "$@" >{both} 2>&1', "sh")
+        running = Daemon(self.folder, {"BIND_ADDRESS": "127.0.0.1", "LOG_FILE": "-", "UDP_PORT": (port := free_port())},
+                         (*command, *gateway_command()))  # fmt: skip
+        self.addCleanup(running.close)
+        wait_until("it to be ready", lambda: both.exists() and b" ready: " in both.read_bytes())
+        running.udp_port = running.http_port = port
+        for number in range(100):
+            running.send(datagram(timestamp_ms=number))
+        running.wait_received(100)
+        self.assertEqual(running.stop(), 0)
+        lines = both.read_bytes().splitlines()
+        self.assertEqual(len([line for line in lines if line.startswith(b'{"timestamp"') and json.loads(line)]), 102)
+        self.assertNotIn(b"\0", both.read_bytes())
+
+    def test_a_reader_that_stops_reading_and_one_that_leaves(self) -> None:
+        for kind in ("pipe", "socket", "terminal"):
+            for leaves in (False, True):
+                with self.subTest(kind, leaves=leaves):
+                    reading, writing = self.pair(kind)
+                    running = self.start(stdout=writing, LOG_FILE="-")
+                    os.close(writing)
+                    if leaves:
+                        os.close(reading)
+                    for number in range(1500):
+                        running.send(datagram(timestamp_ms=number))
+                    running.wait_received(1500)
+                    wait_until("an error to be counted", lambda r=running: r.stats()["log"]["errors"])  # type: ignore[misc]
+                    self.assert_takes_a_good_datagram(running)
+                    self.assertEqual(running.ask("/livez").status, 200)
+                    self.assertEqual(running.stop(), 0)
+                    self.assert_quiet(running, "cannot write the state log")
+                    if not leaves:
+                        os.close(reading)
+
+    def test_a_reader_that_goes_on_gets_everything(self) -> None:
+        reading, writing = os.pipe()
+        running = self.start(stdout=writing, LOG_FILE="-")
+        os.close(writing)
+        for number in range(1500):
+            running.send(datagram(timestamp_ms=number))
+        running.wait_received(1500)
+        wait_until("the pipe to be full", lambda: running.stats()["log"]["errors"])
+        collected = Collected(reading)
+        wait_until("all to be written", lambda: running.stats()["log"]["written"] == 1500)
+        self.assertEqual(running.stop(), 0)
+        numbers = [one["state"]["timestamp_ms"] for line in collected.finish() if "state" in (one := json.loads(line))]
+        self.assertEqual(numbers, list(range(1500)))
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("setpriv"), "only root can become another user")
+    def test_another_user_who_may_not_open_it(self) -> None:
+        """As in the container: root's pipe, and the gateway is an ordinary user by then."""
+        python = shutil.which("python3", path="/usr/local/bin:/usr/bin") or ""
+        user = ("setpriv", "--reuid=65532", "--regid=65532", "--clear-groups")
+        tried = subprocess.run([*user, python, str(TOP / "gateway.py"), "--version"], capture_output=True, check=False)
+        if tried.returncode:
+            self.skipTest(f"that user cannot run it here: {tried.stderr.decode()[-200:]}")
+        for kind in ("pipe", "socket"):
+            with self.subTest(kind):
+                reading, writing = self.pair(kind)
+                running = Daemon(self.folder, {"BIND_ADDRESS": "127.0.0.1", "LOG_FILE": "/dev/stdout"},
+                                 (*user, python, str(TOP / "gateway.py")), writing)  # fmt: skip
+                self.addCleanup(running.close)
+                os.close(writing)
+                collected = Collected(reading)
+                running.wait_ready()
+                self.assert_takes_a_good_datagram(running)
+                self.assertEqual(running.stop(), 0)
+                self.assertEqual(len(collected.finish()), 3)
+
+
+class OneLog(FaultCase):
+    """Two gateways never write to one log."""
+
+    def test_the_second_waits_two_seconds_and_says_so(self) -> None:
+        first = self.start()
+        self.assert_takes_a_good_datagram(first)
+        second = Daemon(self.folder, {"BIND_ADDRESS": "127.0.0.1", "LOG_FILE": self.log})
+        self.addCleanup(second.close)
+        self.assertEqual(second.wait_exit(), 1)
+        errors = [line for line in second.lines if " ERROR " in line]
+        self.assertEqual(len(errors), 1, second.lines)
+        for word in (str(self.log), "perhaps another gateway", "LOG_FILE", "fuser -v"):
+            self.assertIn(word, errors[0])
+        self.assertEqual(first.stop(), 0)
+        self.assertEqual([one.get("event") for one in read_log(self.log)], ["gateway_started", None, "gateway_stopped"])
+
+    def test_the_second_has_it_once_the_first_has_stopped(self) -> None:
+        first = self.start()
+        second = Daemon(self.folder, {"BIND_ADDRESS": "127.0.0.1", "LOG_FILE": self.log})
+        self.addCleanup(second.close)
+        self.assertEqual(first.stop(), 0)
+        second.wait_ready()
+        self.assertEqual(second.stop(), 0)
+
+    def test_a_killed_one_leaves_no_lock(self) -> None:
+        first = self.start()
+        first.process.kill()
+        first.wait_exit()
+        self.assertEqual(self.start().stop(), 0)
 
 
 def read_log_tolerantly(path: Path) -> list[Any]:

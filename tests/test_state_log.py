@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
-import state_log
+import log_file
 from engine_state import FIELDS_JSON, parse_datagram
-from state_log import FLUSH_BYTES, WRITE_PIECES, StateLog
+from state_log import FLUSH_BYTES, MAX_PIECES_PER_WRITE, StateLog
 from tests.harness import FakeClock, datagram, fields, logged_states, read_log, wait_until
 
 WALL_S = 1755532567.5028431
@@ -47,7 +47,7 @@ class LogCase(unittest.TestCase):
             wall_clock=lambda: WALL_S,
         )
         log.open("gateway_started", "network mode: unicast, test", version="1")
-        self.addCleanup(log._close_file)
+        self.addCleanup(log.abandon)
         return log
 
     def write(self, log: StateLog, *numbers: int) -> None:
@@ -107,7 +107,7 @@ class Lines(LogCase):
 
     def test_many_batches_are_written_together_and_in_order(self) -> None:
         log = self.make_log()
-        with mock.patch("state_log.os.writev", wraps=os.writev) as write:
+        with mock.patch("log_file.os.writev", wraps=os.writev) as write:
             self.write(log, *range(500))
         self.assertEqual(write.call_count, 1)
         self.assertEqual(self.numbers(self.path), list(range(500)))
@@ -115,10 +115,12 @@ class Lines(LogCase):
 
     def test_more_batches_than_one_system_call_takes_are_written_in_order(self) -> None:
         log = self.make_log()
-        count = 2 * WRITE_PIECES + 1
-        with mock.patch("state_log.os.writev", wraps=os.writev) as write:
+        count = 2 * MAX_PIECES_PER_WRITE + 1
+        with mock.patch("log_file.os.writev", wraps=os.writev) as write:
             self.write(log, *range(count))
-        self.assertEqual([len(call.args[1]) for call in write.call_args_list], [WRITE_PIECES, WRITE_PIECES, 1])
+        self.assertEqual(
+            [len(call.args[1]) for call in write.call_args_list], [MAX_PIECES_PER_WRITE, MAX_PIECES_PER_WRITE, 1]
+        )
         self.assertEqual(self.numbers(self.path), list(range(count)))
 
     def test_what_comes_fast_is_not_left_to_wait(self) -> None:
@@ -134,7 +136,9 @@ class Lines(LogCase):
         self.assertEqual(self.numbers(self.path), list(range(many)))
 
     def test_a_log_that_was_there_is_continued(self) -> None:
-        self.write(self.make_log(), 1)
+        log = self.make_log()
+        self.write(log, 1)
+        log.abandon()
         self.write(self.make_log(), 2)
         self.assertEqual(self.numbers(self.path), [1, 2])
 
@@ -212,7 +216,7 @@ class Rotation(LogCase):
     def test_a_rotation_that_fails_loses_nothing(self) -> None:
         log = self.make_log(max_bytes=2000)
         with (
-            mock.patch("state_log.os.replace", side_effect=PermissionError(errno.EACCES, "denied")),
+            mock.patch("log_file.os.replace", side_effect=PermissionError(errno.EACCES, "denied")),
             self.assertLogs("elrar.log", "ERROR") as logged,
         ):
             self.write(log, *range(50))
@@ -274,18 +278,18 @@ class Followed(LogCase):
         log = self.make_log()
         log.reopen()
         with (
-            mock.patch("state_log._open_for_append", side_effect=OSError(errno.EMFILE, "too many")),
+            mock.patch("log_file._open_for_append", side_effect=OSError(errno.EMFILE, "too many")),
             self.assertLogs("elrar.log"),
         ):
             log.step()
         self.clock.move(1.0)
-        with mock.patch("state_log._open_for_append", wraps=state_log._open_for_append) as opened, self.assertLogs():
+        with mock.patch("log_file._open_for_append", wraps=log_file._open_for_append) as opened, self.assertLogs():
             log.step()
         self.assertEqual(opened.call_count, 1)
 
     def test_reopened_when_asked(self) -> None:
         log = self.make_log()
-        with mock.patch("state_log._open_for_append", wraps=state_log._open_for_append) as opened:
+        with mock.patch("log_file._open_for_append", wraps=log_file._open_for_append) as opened:
             log.step()
             self.assertEqual(opened.call_count, 0)
             log.reopen()
@@ -315,7 +319,7 @@ class Failing(LogCase):
         log = self.make_log()
         self.write(log, 1)
         disk = FullDisk(room=400)
-        with mock.patch("state_log.os.writev", disk.writev), self.assertLogs("elrar.log") as logged:
+        with mock.patch("log_file.os.writev", disk.writev), self.assertLogs("elrar.log") as logged:
             self.write(log, 2, 3)
             self.assertEqual(self.numbers(self.path), [1, 2])
             self.assertTrue(self.path.read_bytes().endswith(b"\n"), "half a line is left in the file")
@@ -335,7 +339,7 @@ class Failing(LogCase):
         log = self.make_log()
         with self.assertLogs("elrar.log") as logged:
             for number in range(45):  # seconds
-                with mock.patch("state_log.os.writev", FullDisk(room=0 if number % 2 else 1 << 20).writev):
+                with mock.patch("log_file.os.writev", FullDisk(room=0 if number % 2 else 1 << 20).writev):
                     self.write(log, number)
                     self.clock.move(1.1)
         self.assertEqual([record.levelname for record in logged.records], ["ERROR", "WARNING"])
@@ -345,7 +349,7 @@ class Failing(LogCase):
         log = self.make_log()
         with self.assertLogs("elrar.log") as logged:
             for room in (0, 1 << 20, *([0] * 70)):
-                with mock.patch("state_log.os.writev", FullDisk(room).writev):
+                with mock.patch("log_file.os.writev", FullDisk(room).writev):
                     self.write(log, 1)
                     self.clock.move(1.1)
         self.assertEqual([record.levelname for record in logged.records], ["ERROR", "WARNING", "ERROR"])
@@ -353,7 +357,7 @@ class Failing(LogCase):
     def test_beyond_the_buffer_lines_are_dropped_and_counted(self) -> None:
         log = self.make_log(buffer_bytes=2000)
         disk = FullDisk(room=0)
-        with mock.patch("state_log.os.writev", disk.writev), self.assertLogs("elrar.log"):
+        with mock.patch("log_file.os.writev", disk.writev), self.assertLogs("elrar.log"):
             for number in range(100):
                 self.write(log, number)
                 self.clock.move(1.0)
@@ -369,7 +373,7 @@ class Failing(LogCase):
     def test_it_is_tried_again_every_second_and_not_at_every_turn(self) -> None:
         log = self.make_log()
         disk = FullDisk(room=0)
-        with mock.patch("state_log.os.writev", side_effect=disk.writev) as write, self.assertLogs("elrar.log"):
+        with mock.patch("log_file.os.writev", side_effect=disk.writev) as write, self.assertLogs("elrar.log"):
             for _ in range(40):
                 self.write(log, 1)
                 self.clock.move(0.1)
@@ -378,7 +382,7 @@ class Failing(LogCase):
     def test_what_cannot_be_written_at_stop_is_given_up_and_counted(self) -> None:
         log = self.make_log()
         self.write(log, 1)
-        with mock.patch("state_log.os.writev", FullDisk(room=0).writev), self.assertLogs("elrar.log"):
+        with mock.patch("log_file.os.writev", FullDisk(room=0).writev), self.assertLogs("elrar.log"):
             self.write(log, 2, 3)
             self.assertEqual(log.close("gateway_stopped", "stopped"), 2)
         self.assertEqual(log.counters().dropped, 2)
@@ -424,7 +428,7 @@ class CannotStart(LogCase):
     """What cannot be opened at the start is an error at once."""
 
     def test_a_first_line_that_does_not_fit_is_taken_back(self) -> None:
-        with mock.patch("state_log.os.writev", FullDisk(room=20).writev), self.assertRaises(OSError):
+        with mock.patch("log_file.os.writev", FullDisk(room=20).writev), self.assertRaises(OSError):
             self.make_log()
         self.assertEqual(self.path.read_bytes(), b"")
 

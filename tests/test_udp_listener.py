@@ -59,7 +59,7 @@ class ListenerCase(unittest.TestCase):
         self.port = sockets[0].getsockname()[1]
         self.log = StateLog(str(self.log_path), 0, 1)
         self.log.open("gateway_started", "network mode: unicast, test")
-        self.addCleanup(self.log._close_file)
+        self.addCleanup(self.log.abandon)
         listener = UdpListener(
             sockets,
             self.store,
