@@ -179,9 +179,9 @@ class Opening(GatewayCase):
 
     def test_http_can_have_its_own_port_or_none(self) -> None:
         self.assertNotEqual((gateway := self.run_gateway(HTTP_PORT=0)).http_port, gateway.udp_port)
-        without = self.run_gateway(HTTP_PORT="off")
+        without = self.run_gateway(HTTP_PORT="off", ENABLE_LOG="false")
         self.assertIsNone(without.http_port)
-        self.assertEqual(sorted(without.threads()), ["reaper", "state-log", "udp-listener"])
+        self.assertEqual(sorted(without.threads()), ["reaper", "udp-listener"])
 
     def assert_start_error(self, pattern: str, **settings: object) -> None:
         gateway = StateGateway(self.config(**settings))
@@ -279,7 +279,7 @@ class Threads(GatewayCase):
         for name, method in (
             ("udp-listener", "udp_listener.UdpListener.step"),
             ("reaper", "state_store.StateStore.sweep"),
-            ("state-log", "state_log.StateLog._take_waiting"),
+            ("state-log", "state_log.LineBuffer.remove_waiting"),
             ("query-server", "http_server.HttpServer._wait"),
         ):
             with self.subTest(name):

@@ -57,6 +57,8 @@ class ListenerCase(unittest.TestCase):
     ) -> UdpListener:
         sockets = open_sockets(address, 0, receive_buffer)
         self.port = sockets[0].getsockname()[1]
+        if hasattr(self, "log"):
+            self.log.abandon()  # as a gateway that has stopped
         self.log = StateLog(str(self.log_path), 0, 1)
         self.log.open("gateway_started", "network mode: unicast, test")
         self.addCleanup(self.log.abandon)
