@@ -39,6 +39,7 @@ from udp_receiver import BATCH_DATAGRAMS, BatchReceiver, PortableReceiver, make_
 
 
 class ListenerCase(unittest.TestCase):
+    log: StateLog
     portable = False  # every test here runs twice: see the end of this file
 
     def setUp(self) -> None:
