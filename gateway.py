@@ -49,9 +49,9 @@ if TYPE_CHECKING or not __package__ or __name__ == "__main__":
     from daemon_log import DaemonLog
     from embedded_gateway import get_state_gateway
     from engine_state import EngineState
+    from sockets import format_address, listen_address
     from state_gateway import VERSION, StartError, StateGateway
     from systemd_notify import SystemdNotify
-    from udp_listener import format_address, listen_address
 else:  # the folder is part of a router's package, which wants these only
     importlib.import_module(".package_imports", __package__).install(__package__)
     from .config import ConfigError

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from daemon_log import OncePerMinute
+from sockets import SocketLost, bind_anew, format_address, format_peer
 from state_query import Answer, QueryError, error_answer
 from wake_up import WakeUp
 
@@ -37,6 +38,7 @@ REQUEST_DEADLINE_S = 10.0  # from the first byte of a request to its last, or fr
 RESPONSE_DEADLINE_S = 30.0  # from the answer to the last byte that the reader took
 LINGER_S = 1.0  # for a refused request's bytes, so that the reader sees the answer and no reset
 TICK_S = 0.2
+MEND_TIMEOUT_S = 1.0  # for a listening socket that was destroyed to be bound anew
 TURN_S = 0.05  # of answering, before it is looked who else has come
 PAUSED_AFTER_S = 2.0  # a wait for a tick that takes ten
 STUCK_S = 2.0  # of taking nothing of a stream, where others wait for room
@@ -193,7 +195,7 @@ class HttpServer:
 
     def __init__(
         self,
-        listener: socket.socket,
+        listeners: Sequence[socket.socket],
         answer: Callable[[str, str], Answer | Stream],
         *,
         max_connections: int | None = None,
@@ -201,7 +203,7 @@ class HttpServer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._listener = listener
+        self._listeners = {listener: listener.getsockname() for listener in listeners}  # and what each is bound to
         self._answer_target = answer
         self._idle_timeout_s = idle_timeout_s  # between two requests on a connection
         self._max_connections = max_connections or _connections_that_fit()
@@ -210,8 +212,8 @@ class HttpServer:
         self._selector = selectors.DefaultSelector()
         self._turn = WakeUp()
         self._selector.register(self._turn, selectors.EVENT_READ)
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._accepting = True
+        self._accepting = False
+        self._start_accepting()
         self._accept_again_at = 0.0
         self._connections: set[_Connection] = set()
         self._streaming: dict[_Connection, Stream] = {}
@@ -222,6 +224,7 @@ class HttpServer:
         self._refusing = self._stopping = False
         self._notice = OncePerMinute(clock)
         self._bugs = OncePerMinute(clock)
+        self._destroyed = OncePerMinute(clock)
         self._date = (0, "")
         # Written by this thread only; readers may be a request behind.
         self.requests = 0
@@ -265,14 +268,14 @@ class HttpServer:
     def abandon(self) -> None:
         """Close the descriptors and nothing else: in a forked child, where the connections are its parent's."""
         self._selector.close()
-        for sock in (*(c.sock for c in self._connections), self._listener):
+        for sock in (*(c.sock for c in self._connections), *self._listeners):
             sock.close()
 
     def step(self, wait_s: float) -> None:
         """One turn: wait for at most `wait_s`, and do what can be done without waiting."""
         for key, _ in self._wait(wait_s):
-            if key.fileobj is self._listener:
-                self._accept()
+            if key.fileobj in self._listeners:
+                self._accept(key.fileobj)
             elif key.fileobj is self._turn:
                 self._turn.take()
                 if self._refusing:
@@ -304,8 +307,7 @@ class HttpServer:
                 self._cut_off_stuck_streams(now)
             self._say()
             if not self._accepting and not self._refusing and not self._stopping and now >= self._accept_again_at:
-                self._selector.register(self._listener, selectors.EVENT_READ)
-                self._accepting = True
+                self._start_accepting()
 
     def _wait(self, wait_s: float) -> list[tuple[selectors.SelectorKey, int]]:
         asked_at = self._clock()
@@ -332,6 +334,7 @@ class HttpServer:
         for level, what, notice in (
             (logging.WARNING, "turned away or cut off connections", self._notice),
             (logging.ERROR, "could not answer requests", self._bugs),
+            (logging.WARNING, "listening sockets were destroyed, and are bound anew", self._destroyed),
         ):
             said = notice.due()
             if said is not None:
@@ -342,10 +345,10 @@ class HttpServer:
             self._bugs.example(f"{what}\n{traceback.format_exc()}")
         self._say()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(64):
             try:
-                sock, peer = self._listener.accept()
+                sock, peer = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -353,6 +356,9 @@ class HttpServer:
                     self._reject(f"cannot accept: {error.strerror}")
                     if not self._make_room(reserve=False):
                         self._stop_accepting()  # the socket stays readable, and this would be a busy loop
+                    return
+                if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    self._bind_anew(listener, error)
                     return
                 continue  # the peer was gone before it was accepted
             sock.setblocking(False)
@@ -364,21 +370,45 @@ class HttpServer:
                 sock.close()
                 continue
             deadline = self._clock() + (LINGER_S if reserve else REQUEST_DEADLINE_S)
-            connection = _Connection(sock, f"{peer[0]}:{peer[1]}", deadline, reserve)
+            connection = _Connection(sock, format_peer(peer), deadline, reserve)
             self._connections.add(connection)
             self._selector.register(sock, selectors.EVENT_READ, connection)
             self._ready(connection)  # its request has often come with it
 
+    def _bind_anew(self, listener: socket.socket, error: OSError) -> None:
+        """Have a listening socket that was destroyed (`ss -K`) listen again; raises SocketLost if it cannot."""
+        name = self._listeners[listener]
+        self._stop_accepting()  # the selector has to let go of what is replaced
+        give_up_at = time.monotonic() + MEND_TIMEOUT_S
+        while True:
+            try:
+                bind_anew(listener, name)
+                break
+            except OSError as failed:
+                if time.monotonic() > give_up_at:
+                    raise SocketLost("TCP", name, failed) from failed
+                time.sleep(0.02)
+        self._start_accepting()
+        if self._destroyed.add():
+            self._destroyed.example(f"TCP {format_address(*name[:2])}: {error.strerror}")
+
+    def _start_accepting(self) -> None:
+        for listener in self._listeners:
+            self._selector.register(listener, selectors.EVENT_READ)
+        self._accepting = True
+
     def _stop_accepting(self) -> None:
         if self._accepting:
-            self._selector.unregister(self._listener)
+            for listener in self._listeners:
+                self._selector.unregister(listener)
             self._accepting = False
         self._accept_again_at = self._clock() + TICK_S
 
     def _stop_listening(self) -> None:
         self._refusing = True
         self._stop_accepting()
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
     def _make_room(self, *, reserve: bool) -> bool:
         """Close a connection that waits for its reader to ask something; False where none can be spared.

@@ -20,19 +20,27 @@ from config import BROADCAST, PREFIX, UNICAST, Config
 from engine_state import EngineState
 from http_server import HttpServer
 from log_file import LogInUse, standard_stream
+from sockets import (
+    SocketLost,
+    format_address,
+    granted_receive_buffer,
+    is_ipv4_loopback_only,
+    listen_address,
+    open_tcp_sockets,
+    open_udp_sockets,
+)
 from state_entry import entry
 from state_log import LogCounters, StateLog
 from state_query import Query
 from state_store import Reaper, StateStore
 from state_watch import Watch
-from udp_listener import UdpListener, format_address, granted_receive_buffer, listen_address, open_sockets
+from udp_listener import UdpListener
 
 VERSION = "1.0.0"
 
 STUCK_AFTER_S = 10.0
 LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
 CATCH_UP_S = 0.005  # that an answer waits, at most, for what had arrived before it was asked for
-HTTP_BACKLOG = 512
 BIND_PATIENCE_S = 0.5
 PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
 
@@ -57,6 +65,9 @@ class _Part:
         failed = False
         try:
             self.component.run()
+        except SocketLost as error:
+            failed = True
+            logger.critical("%s thread=%s", error, self.name)
         except BaseException:
             failed = True
             logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
@@ -110,6 +121,7 @@ class StateGateway:
         )
         self._watch = Watch(self._store, config.stale_threshold_ms, clock=clock, wall_clock=wall_clock)
         self._sockets: list[socket.socket] = []
+        self._http_sockets: list[socket.socket] = []
         self._log: StateLog | None = None
         self._http: HttpServer | None = None
         self.udp_port = config.udp_port  # the numbers that are really bound, once it is open
@@ -134,9 +146,15 @@ class StateGateway:
 
     def _open(self, opened: contextlib.ExitStack) -> None:
         config = self.config
-        http_socket = self._bind_ports_patiently()
-        for sock in (*self._sockets, *([http_socket] if http_socket else ())):
+        self._bind_ports_patiently()
+        for sock in (*self._sockets, *self._http_sockets):
             opened.callback(sock.close)
+        if self.address == "0.0.0.0" and is_ipv4_loopback_only():
+            logger.warning(
+                "this host has no IPv4 address besides the loopback's, so that no other host reaches 0.0.0.0: set"
+                " %sBIND_ADDRESS=:: to listen on IPv6 as well",
+                PREFIX,
+            )
         self._report_receive_buffer()
         self._log_path = config.log_file
         if standard_stream(self._log_path) is None:
@@ -161,10 +179,10 @@ class StateGateway:
         ]
         if self._log is not None:
             parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
-        if http_socket is not None:
+        if self._http_sockets:
             query = Query(self._store, self, self._watch)
             self._http = HttpServer(
-                http_socket,
+                self._http_sockets,
                 query.answer,
                 idle_timeout_s=config.http_idle_timeout_s,
                 clock=self._clock,
@@ -173,41 +191,42 @@ class StateGateway:
             parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
         self._parts = parts
 
-    def _bind_ports_patiently(self) -> socket.socket | None:
+    def _bind_ports_patiently(self) -> None:
         """Bind the ports, and give a gateway that is just stopping half a second to let go of them."""
         deadline = time.monotonic() + BIND_PATIENCE_S
         while True:
             try:
-                return self._bind_ports()
+                self._bind_ports()
+                return
             except StartError as error:
                 in_use = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
                 if not in_use or time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
 
-    def _bind_ports(self) -> socket.socket | None:
-        """Bind the UDP sockets and return the HTTP one, where it is wanted."""
+    def _bind_ports(self) -> None:
+        """Bind the UDP sockets, and those for HTTP if it is wanted."""
         config = self.config
         any_number_for_both = config.udp_port == 0 and config.http_follows_udp
         for remaining in range(PORT_TRIES if any_number_for_both else 1, 0, -1):
             try:
-                self._sockets = open_sockets(self.address, config.udp_port, config.receive_buffer)
+                self._sockets = open_udp_sockets(self.address, config.udp_port, config.receive_buffer)
             except OSError as error:
                 raise StartError(_cannot_listen("UDP", self.address, config.udp_port, error)) from error
             self.udp_port = self._sockets[0].getsockname()[1]
             if config.http_port is None:
-                return None
+                return
             http_port = self.udp_port if config.http_follows_udp else config.http_port
             try:
-                http_socket = _open_http_socket(self.address, http_port)
+                self._http_sockets = open_tcp_sockets(self.address, http_port)
             except OSError as error:
                 for sock in self._sockets:
                     sock.close()
                 if error.errno != errno.EADDRINUSE or remaining == 1:
                     raise StartError(_cannot_listen("TCP", self.address, http_port, error)) from error
             else:
-                self.http_port = http_socket.getsockname()[1]
-                return http_socket
+                self.http_port = self._http_sockets[0].getsockname()[1]
+                return
         raise AssertionError  # the last try returns or raises
 
     def _report_receive_buffer(self) -> None:
@@ -252,9 +271,10 @@ class StateGateway:
     def describe(self) -> str:
         """The network mode, and what was really bound."""
         udp = [format_address(*sock.getsockname()[:2]) for sock in self._sockets]
-        http_at = "off" if self.http_port is None else f"http://{format_address(self.address, self.http_port)}"
+        http_at = [f"http://{format_address(*sock.getsockname()[:2])}" for sock in self._http_sockets] or ["off"]
+        bound = f"UDP {' and '.join(udp)}, HTTP {' and '.join(http_at)}"
         log = self._log_path if self.config.enable_log else "off"
-        return f"network mode: {self.config.network_mode}, UDP {' and '.join(udp)}, HTTP {http_at}, state log {log}"
+        return f"network mode: {self.config.network_mode}, {bound}, state log {log}"
 
     def reopen_log(self) -> None:
         """Open the state log anew, as after SIGHUP."""
@@ -451,23 +471,6 @@ _FINAL_COUNTERS = (
     "uptime_s", "total_engines", "total_received", "valid_states", "invalid_states", "heartbeats", "duplicates",
     "out_of_order", "rejected_capacity", "rejected_source", "expired_engines", "invalid_reasons", "kernel_dropped",
 )  # fmt: skip
-
-
-def _open_http_socket(address: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # For TCP this lets a restart bind while old connections time out; two listeners are still impossible.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address == "::" else 1)
-        sock.setblocking(False)
-        sock.bind(socket.getaddrinfo(address, port, family, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)[0][4])
-        sock.listen(HTTP_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _cannot_listen(protocol: str, address: str, port: int, error: OSError) -> str:

@@ -1,11 +1,10 @@
 """The listener: takes datagrams from the socket, parses them, and hands them to the store and to the state log.
 
-Unicast and broadcast differ in what is bound only. To add a network mode, see `open_sockets`.
+Unicast and broadcast differ in what is bound only: see `listen_address` in sockets.py.
 """
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import logging
 import select
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import cast
 
-from config import BROADCAST, PREFIX, Network
+from config import PREFIX, Network
 from daemon_log import OncePerMinute
 from engine_state import (
     FIELDS_JSON,
@@ -29,6 +28,7 @@ from engine_state import (
     quote_json,
     unquote_json,
 )
+from sockets import SocketLost, bind_anew, format_address, granted_receive_buffer
 from state_log import StateLog
 from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
 from udp_receiver import BATCH_DATAGRAMS, make_receiver, unpack_address
@@ -50,76 +50,21 @@ PROMPT_NAP_S = 0.002
 SHORTEST_NAP_S = 0.001  # at 100,000/s naps of 0.2 ms cost a third of all the CPU
 RATE_WINDOW_S = 0.02
 CACHED_SOURCES = 16384
+MEND_TIMEOUT_S = 1.0  # for a socket that gives nothing but errors to be good again
+MEND_INTERVAL_S = 0.02
 SMALLEST_CHARGE = 512  # bytes of receive buffer that the kernel charges for the smallest datagram, at least
 LARGEST_CHARGE = 17_408  # the same for the largest that is taken
 
 _REFUSED = b""  # what stands for the source of a sender that is not in ALLOWED_SOURCES
 
-_SO_RCVBUFFORCE = 33  # Linux; not in the socket module
-_SO_MEMINFO = 55
+_SO_MEMINFO = 55  # Linux; not in the socket module
 _MEMINFO_DROPS = 8  # index of the u32 that counts what was dropped
-
-
-def format_address(host: str, port: int) -> str:
-    """`<ip>:<port>`, with the brackets that an IPv6 address needs."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_allowed(host: str, allowed: Sequence[Network]) -> bool:
     """Whether `host`, as unpack_address gives it, is in one of the networks."""
     address = ipaddress.ip_address(host.partition("%")[0])
     return any(address in network for network in allowed)
-
-
-def _bind(family: int, address: str, port: int, *, dual_stack: bool, receive_buffer: int) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual_stack else 1)
-        # No SO_REUSEADDR: with it a second process would silently take over the port and all its datagrams.
-        sock.setblocking(False)
-        _set_receive_buffer(sock, receive_buffer)
-        sock.bind(socket.getaddrinfo(address, port, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0][4])
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _set_receive_buffer(sock: socket.socket, size: int) -> None:
-    if sys.platform == "linux":
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)  # beyond net.core.rmem_max, where we may
-            return
-        except PermissionError:
-            pass
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-
-
-def listen_address(network_mode: str, bind_address: str) -> str:
-    """The address that is really listened on: broadcasts arrive only where all interfaces are listened on."""
-    if network_mode == BROADCAST:
-        return "::" if ":" in bind_address else "0.0.0.0"
-    return bind_address
-
-
-def open_sockets(address: str, port: int, receive_buffer: int) -> list[socket.socket]:
-    """Bind the UDP sockets to listen on, the main one first; raises OSError where that one cannot be bound.
-
-    Where the IPv4 loopback is listened on, so is [::1]: `localhost` is ::1 first on many hosts, and a sender of
-    datagrams does not learn that nobody listens there.
-    """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    main = _bind(family, address, port, dual_stack=address == "::", receive_buffer=receive_buffer)
-    sockets = [main]
-    if address in ("0.0.0.0", "127.0.0.1"):
-        port = main.getsockname()[1]
-        try:
-            sockets.append(_bind(socket.AF_INET6, "::1", port, dual_stack=False, receive_buffer=receive_buffer))
-        except OSError as error:
-            level = logging.WARNING if error.errno == errno.EADDRINUSE else logging.DEBUG  # else: no IPv6 here
-            logger.log(level, "not listening on [::1] port=%d error=%s", port, error)
-    return sockets
 
 
 def gathering_nap_s(rate: float, longest_s: float, room: float) -> float:
@@ -168,6 +113,8 @@ class UdpListener:
     ) -> None:
         """`prompt`: the store is read without `catch_up`, so that datagrams must not gather for long."""
         self._sockets = {sock.fileno(): sock for sock in sockets}
+        self._bound = {sock.fileno(): sock.getsockname() for sock in sockets}
+        self._failing_since: float | None = None  # monotonic; since when receiving has met nothing but errors
         self._store = store
         self._log = log
         self._receivers = {sock.fileno(): make_receiver(sock) for sock in sockets}
@@ -201,8 +148,9 @@ class UdpListener:
             f"rejected datagrams of new engines, as many as {PREFIX}MAX_ENGINES being known": OncePerMinute(clock),
             "the kernel dropped datagrams, its receive buffer being full: give the gateway a core of its own, or raise"
             f" {PREFIX}RECEIVE_BUFFER and net.core.rmem_max;": OncePerMinute(clock),
+            "receiving met errors, and goes on;": OncePerMinute(clock),
         }
-        self._invalid, self._source, self._capacity, self._by_kernel = self._notices.values()
+        self._invalid, self._source, self._capacity, self._by_kernel, self._by_error = self._notices.values()
         self._say_at = clock()
         self._drops_noted = 0
         self._drops_lock = threading.Lock()  # guards the two below, which any reader of the counter moves on
@@ -237,7 +185,7 @@ class UdpListener:
         """
         looked_at = self.moved_at = self._clock()
         taken = 0
-        emptied = True
+        emptied, failed = True, False
         ready = self._poll.poll(wait_ms)
         self._taking = True
         for fd, _ in ready:
@@ -247,7 +195,12 @@ class UdpListener:
                 continue
             for _ in range(BATCHES_A_STEP):
                 self.moved_at = self._clock()
-                datagrams, addresses = receiver.receive()
+                try:
+                    datagrams, addresses = receiver.receive()
+                except OSError as error:
+                    emptied, failed = False, True
+                    self._mend(fd, error)
+                    break
                 if datagrams:
                     taken += len(datagrams)
                     self._take(datagrams, addresses)
@@ -256,6 +209,8 @@ class UdpListener:
             else:
                 emptied = False
         self._taking = False
+        if not failed:
+            self._failing_since = None
         self._say_how_far(emptied, looked_at, taken)
         question = self._question
         if question is not self._answered and emptied and looked_at >= question[0]:
@@ -264,6 +219,30 @@ class UdpListener:
         if looked_at >= self._say_at:
             self._say()
         return taken
+
+    def _mend(self, fd: int, error: OSError) -> None:
+        """Go on after an error of receiving; raises SocketLost if it lasts for MEND_TIMEOUT_S.
+
+        A socket that was destroyed (`ss -K`) has told so by an error, and may have lost its port. Any other is left as
+        it is, for what waits in it.
+        """
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        sock, name = self._sockets[fd], self._bound[fd]
+        try:
+            if sock.getsockname() != name:
+                self.kernel_dropped()
+                with self._drops_lock:
+                    bind_anew(sock, name)
+                    self._drops_seen[fd] = 0
+        except OSError as failed:
+            error = failed
+        if now - self._failing_since > MEND_TIMEOUT_S:
+            raise SocketLost("UDP", name, error) from error
+        if self._by_error.add():
+            self._by_error.example(f"UDP {format_address(*name[:2])}: {error.strerror}")
+        self._turn.wait(MEND_INTERVAL_S)
 
     def catch_up(self, patience_s: float) -> None:
         """Have all taken that has arrived by now, and wait for that, for so long at most; for one other thread.
@@ -414,9 +393,3 @@ class UdpListener:
 def _who(batch: Batch, number: int) -> str:
     """The engine and the source of a state of a batch."""
     return f"engine_id={unquote_json(batch.states[number][0])!r} source={unquote_json(batch.sources[number])}"
-
-
-def granted_receive_buffer(sock: socket.socket) -> int:
-    """Bytes of receive buffer that the kernel granted, in the unit in which they were asked for."""
-    size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-    return size // 2 if sys.platform == "linux" else size  # Linux doubles it, for its own bookkeeping

@@ -25,11 +25,12 @@ from engine_state import (
     parse_datagram,
     same_state,
 )
+from sockets import open_udp_sockets
 from state_log import StateLog
 from state_store import StateStore
 from tests.harness import CAPTURED, PLACEHOLDERS, datagram, fields, heartbeat, logged_states
 from tests.test_engine_state import INVALID, VALID
-from udp_listener import UdpListener, open_sockets
+from udp_listener import UdpListener
 
 SEED = int(os.environ.get("STATE_GATEWAY_FUZZ_SEED", "20261122"))
 GOOD = [one for one in (datagram(), heartbeat(), *VALID.values()) if len(one) <= 600]
@@ -200,7 +201,7 @@ class Fuzz(unittest.TestCase):
             path = Path(folder) / "states.jsonl"
             store, log = StateStore(2000, 6000, 30, 10), StateLog(str(path), 0, 1)
             log.open("gateway_started", "network mode: unicast, fuzz")
-            listener = UdpListener(open_sockets("127.0.0.1", 0, 8 << 20), store, log)
+            listener = UdpListener(open_udp_sockets("127.0.0.1", 0, 8 << 20), store, log)
             address = ("127.0.0.1", next(iter(listener._sockets.values())).getsockname()[1])
             with (
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,

@@ -215,7 +215,7 @@ class Opening(GatewayCase):
 
     def test_a_smaller_receive_buffer_than_asked_is_told_with_the_remedy(self) -> None:
         with (
-            mock.patch("udp_listener._SO_RCVBUFFORCE", socket.SO_RCVBUF),
+            mock.patch("sockets._SO_RCVBUFFORCE", socket.SO_RCVBUF),
             self.assertLogs("elrar.gateway", "WARNING") as logged,
         ):
             self.run_gateway(RECEIVE_BUFFER=2**30 - 1)

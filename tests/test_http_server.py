@@ -98,7 +98,7 @@ class ServerCase(unittest.TestCase):
         listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         listener.setblocking(False)
         self.port = listener.getsockname()[1]
-        self.server = HttpServer(listener, answer, max_connections=self.max_connections, clock=self.clock)
+        self.server = HttpServer([listener], answer, max_connections=self.max_connections, clock=self.clock)
         thread = threading.Thread(target=self.server.run)
         thread.start()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import logging
+import os
 import re
 import socket
 import struct
@@ -16,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 from engine_state import MAX_DATAGRAM_BYTES, REASONS
+from sockets import SocketLost, open_udp_sockets
 from state_log import StateLog
 from state_store import Batch, DatagramCounters, StateStore
 from tests.harness import DEADLINE_S, FakeClock, datagram, heartbeat, ipv6_works, logged_states, wait_until
@@ -30,10 +33,7 @@ from udp_listener import (
     SHORTEST_NAP_S,
     UdpListener,
     gathering_nap_s,
-    granted_receive_buffer,
     is_allowed,
-    listen_address,
-    open_sockets,
 )
 from udp_receiver import BATCH_DATAGRAMS, BatchReceiver, PortableReceiver, make_receiver, unpack_address
 
@@ -56,7 +56,7 @@ class ListenerCase(unittest.TestCase):
     def listen(
         self, address: str = "127.0.0.1", *allowed: str, receive_buffer: int = 1 << 20, prompt: bool = False
     ) -> UdpListener:
-        sockets = open_sockets(address, 0, receive_buffer)
+        sockets = open_udp_sockets(address, 0, receive_buffer)
         self.port = sockets[0].getsockname()[1]
         if hasattr(self, "log"):
             self.log.abandon()  # as a gateway that has stopped
@@ -249,17 +249,61 @@ class Addresses(ListenerCase):
         self.assertEqual(self.take_all(listener).accepted, 1)
         self.assertRegex(self.store.views()[0].source, r"^\[::1\]:\d+$")
 
-    def test_two_never_share_a_port(self) -> None:
-        self.listen()
-        with self.assertRaises(OSError):
-            open_sockets("127.0.0.1", self.port, 1 << 20)
-        with self.assertRaises(OSError):
-            open_sockets("0.0.0.0", self.port, 1 << 20)
 
-    def test_broadcast_mode_listens_on_all_interfaces(self) -> None:
-        self.assertEqual(listen_address("broadcast", "127.0.0.1"), "0.0.0.0")
-        self.assertEqual(listen_address("broadcast", "::1"), "::")
-        self.assertEqual(listen_address("unicast", "127.0.0.1"), "127.0.0.1")
+class Errors(ListenerCase):
+    """What receiving meets besides datagrams ends nothing that can go on, and never in a traceback."""
+
+    def failing(self, listener: UdpListener, *errors: int) -> contextlib.AbstractContextManager[object]:
+        effects = [OSError(number, os.strerror(number)) for number in errors]
+        receiver = next(iter(listener._receivers.values()))
+        return mock.patch.object(receiver, "receive", side_effect=effects)
+
+    def test_an_error_that_passes_loses_nothing(self) -> None:
+        listener = self.listen()
+        self.send(datagram())
+        with self.failing(listener, errno.ENOBUFS), self.assertLogs("elrar.listener", "WARNING") as logged:
+            self.assertEqual(listener.step(0), 0)
+            listener._say()
+        self.assertIn("No buffer space", logged.output[0])
+        self.assertEqual(self.take_all(listener).received, 1)
+
+    def test_errors_now_and_then_are_no_end(self) -> None:
+        listener = self.listen()
+        with mock.patch("udp_listener.MEND_TIMEOUT_S", 0.0):
+            for number in range(3):
+                self.send(datagram(timestamp_ms=number))
+                with self.failing(listener, errno.ENOMEM):
+                    listener.step(0)
+                self.assertEqual(listener.step(0), 1)
+
+    def test_errors_that_last_end_it_with_a_sentence(self) -> None:
+        listener = self.listen()
+        self.send(datagram())
+        with (
+            mock.patch("udp_listener.MEND_TIMEOUT_S", 0.0),
+            self.failing(listener, errno.ENOMEM, errno.ENOMEM),
+            self.assertRaisesRegex(SocketLost, "Cannot allocate memory"),
+        ):
+            listener.step(0)
+            listener.step(0)
+
+    def test_a_destroyed_socket_is_bound_anew_and_counts_on(self) -> None:
+        listener = self.listen(receive_buffer=2304)
+        self.send(*(datagram(timestamp_ms=number) for number in range(200)))
+        with self.assertLogs("elrar.listener", "WARNING"):
+            self.take_all(listener)
+        dropped = listener.kernel_dropped()
+        fd, sock = next(iter(listener._sockets.items()))
+        with mock.patch.dict(listener._bound, {fd: sock.getsockname()}):
+            with socket.socket(sock.family, sock.type) as unbound:  # what a destroyed socket without a set port is
+                os.dup2(unbound.fileno(), fd)
+            listener._drops_seen[fd] = 0
+            with self.failing(listener, errno.ECONNABORTED):
+                listener._mend(fd, OSError(errno.ECONNABORTED, "aborted"))
+        self.send(datagram(engine_id="after"))
+        self.take_all(listener)
+        self.assertIsNotNone(self.store.view("after"))
+        self.assertEqual(listener.kernel_dropped(), dropped)
 
 
 class KernelBuffer(ListenerCase):
@@ -278,11 +322,6 @@ class KernelBuffer(ListenerCase):
         self.assertIn("RECEIVE_BUFFER", logged.output[0])
         self.assertLess(counters.received, sent)
         self.assertEqual(counters.received + (listener.kernel_dropped() or 0), sent)
-
-    def test_the_granted_buffer_is_in_the_unit_that_was_asked_for(self) -> None:
-        for sock in open_sockets("127.0.0.1", 0, 100_000):
-            with sock:
-                self.assertEqual(granted_receive_buffer(sock), 100_000)
 
 
 class Draining(ListenerCase):
@@ -457,7 +496,7 @@ class CatchingUp(ListenerCase):
         self.assertEqual(self.take_all(listener).received, 1)
 
 
-for _case in (Datagrams, Sources, Addresses, KernelBuffer, Draining, CatchingUp):
+for _case in (Datagrams, Sources, Addresses, Errors, KernelBuffer, Draining, CatchingUp):
     _name = f"{_case.__name__}WithThePortableReceiver"
     globals()[_name] = type(_name, (_case,), {"portable": True, "__doc__": _case.__doc__, "__module__": __name__})
 
@@ -471,7 +510,9 @@ class Receivers(unittest.TestCase):
         for address in hosts if ipv6_works() else ("127.0.0.1",):
             for host in hosts[address]:
                 with self.subTest(address=address, host=host), contextlib.ExitStack() as stack:
-                    sock = open_sockets(address, 0, 8 << 20)[0] if address != "127.0.0.1" else self.ipv4_alone(stack)
+                    sock = (
+                        open_udp_sockets(address, 0, 8 << 20)[0] if address != "127.0.0.1" else self.ipv4_alone(stack)
+                    )
                     stack.enter_context(sock)
                     fast = make_receiver(sock)
                     self.assertIsInstance(fast, BatchReceiver if sys.platform == "linux" else PortableReceiver)
@@ -492,7 +533,7 @@ class Receivers(unittest.TestCase):
                     self.assertEqual(unpack_address(addresses[0]), (host, sender.getsockname()[1]))
 
     def ipv4_alone(self, stack: contextlib.ExitStack) -> socket.socket:
-        sock, *others = open_sockets("127.0.0.1", 0, 8 << 20)
+        sock, *others = open_udp_sockets("127.0.0.1", 0, 8 << 20)
         for other in others:
             stack.enter_context(other)
         return sock
