@@ -269,7 +269,7 @@ class Errors(ListenerCase):
 
     def test_errors_now_and_then_are_no_end(self) -> None:
         listener = self.listen()
-        with mock.patch("udp_listener.MEND_TIMEOUT_S", 0.0):
+        with mock.patch("udp_listener.MEND_TIMEOUT_S", 0.0), self.assertLogs("elrar.listener", "WARNING"):
             for number in range(3):
                 self.send(datagram(timestamp_ms=number))
                 with self.failing(listener, errno.ENOMEM):
@@ -282,6 +282,7 @@ class Errors(ListenerCase):
         with (
             mock.patch("udp_listener.MEND_TIMEOUT_S", 0.0),
             self.failing(listener, errno.ENOMEM, errno.ENOMEM),
+            self.assertLogs("elrar.listener", "WARNING"),
             self.assertRaisesRegex(SocketLost, "Cannot allocate memory"),
         ):
             listener.step(0)
