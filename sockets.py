@@ -30,6 +30,7 @@ _SO_RCVBUFFORCE = 33  # Linux; not in the socket module
 _SIOCGIFCONF = 0x8912  # Linux: the IPv4 addresses of all interfaces
 _IFREQ_BYTES = 16 + max(16, struct.calcsize("2LH3B0L"))
 _MAX_IFREQS = 1024
+_IPV6_LOOPBACK = "1".zfill(32)
 
 
 class SocketLost(Exception):
@@ -149,16 +150,29 @@ def granted_receive_buffer(sock: socket.socket) -> int:
     return size // 2 if sys.platform == "linux" else size  # Linux doubles it, for its own bookkeeping
 
 
-def is_ipv4_loopback_only() -> bool:
-    """Whether no interface of this host has an IPv4 address but the loopback's; False if that cannot be found out."""
-    if sys.platform != "linux" or fcntl is None:
-        return False
-    found = array.array("B", bytes(_MAX_IFREQS * _IFREQ_BYTES))
-    request = struct.pack("iP", len(found), found.buffer_info()[0])
+def is_ipv6_only() -> bool:
+    """Whether this host has IPv6 addresses and, but for the loopback's, no IPv4 one; False if that cannot be found out.
+
+    A host that has nothing but its loopbacks is not meant: nobody else reaches it, whatever it listens on.
+    """
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            (size, _) = struct.unpack("iP", fcntl.ioctl(sock, _SIOCGIFCONF, request))
+        return bool(_ipv6_addresses() - {_IPV6_LOOPBACK}) and all(one[0] == 127 for one in _ipv4_addresses())
     except OSError:
         return False
-    addresses = (found[start + 20 : start + 24].tobytes() for start in range(0, size, _IFREQ_BYTES))
-    return all(address[0] == 127 for address in addresses)
+
+
+def _ipv4_addresses() -> set[bytes]:
+    """The IPv4 addresses of this host; raises OSError if they cannot be found out."""
+    if sys.platform != "linux" or fcntl is None:
+        raise OSError(errno.ENOSYS, "not known how")
+    found = array.array("B", bytes(_MAX_IFREQS * _IFREQ_BYTES))
+    request = struct.pack("iP", len(found), found.buffer_info()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        (size, _) = struct.unpack("iP", fcntl.ioctl(sock, _SIOCGIFCONF, request))
+    return {found[start + 20 : start + 24].tobytes() for start in range(0, size, _IFREQ_BYTES)}
+
+
+def _ipv6_addresses() -> set[str]:
+    """The IPv6 addresses of this host as 32 hex digits; raises OSError if they cannot be found out."""
+    with open("/proc/net/if_inet6", encoding="ascii") as lines:
+        return {line.split()[0] for line in lines}

@@ -24,7 +24,7 @@ from sockets import (
     SocketLost,
     format_address,
     granted_receive_buffer,
-    is_ipv4_loopback_only,
+    is_ipv6_only,
     listen_address,
     open_tcp_sockets,
     open_udp_sockets,
@@ -149,10 +149,10 @@ class StateGateway:
         self._bind_ports_patiently()
         for sock in (*self._sockets, *self._http_sockets):
             opened.callback(sock.close)
-        if self.address == "0.0.0.0" and is_ipv4_loopback_only():
+        if self.address == "0.0.0.0" and is_ipv6_only():
             logger.warning(
                 "this host has no IPv4 address besides the loopback's, so that no other host reaches 0.0.0.0: set"
-                " %sBIND_ADDRESS=:: to listen on IPv6 as well",
+                " %sBIND_ADDRESS=::, which takes IPv6 as well",
                 PREFIX,
             )
         self._report_receive_buffer()

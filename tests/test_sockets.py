@@ -21,12 +21,12 @@ from sockets import (
     format_address,
     format_peer,
     granted_receive_buffer,
-    is_ipv4_loopback_only,
+    is_ipv6_only,
     listen_address,
     open_tcp_sockets,
     open_udp_sockets,
 )
-from tests.harness import DEADLINE_S, Daemon, Namespace, datagram, gateway_command, ipv6_works, wait_until
+from tests.harness import DEADLINE_S, Daemon, Namespace, datagram, free_port, gateway_command, ipv6_works, wait_until
 
 
 class Names(unittest.TestCase):
@@ -55,8 +55,8 @@ class Names(unittest.TestCase):
 class Opening(unittest.TestCase):
     """UDP and TCP of an address are listened on at the same places."""
 
-    def open(self, address: str, port: int = 0) -> list[list[socket.socket]]:
-        udp = open_udp_sockets(address, port, 100_000)
+    def open(self, address: str) -> list[list[socket.socket]]:
+        udp = open_udp_sockets(address, free_port(), 100_000)
         self.addCleanup(close_all, udp)
         tcp = open_tcp_sockets(address, udp[0].getsockname()[1])
         self.addCleanup(close_all, tcp)
@@ -212,7 +212,7 @@ class InANamespace(unittest.TestCase):
         self.assertNotIn("IPv4", "".join(self.start().lines))
 
     def test_an_address_under_another_label_counts(self) -> None:
-        self.give_addresses()
+        self.give_addresses("fd00::5/64")
         self.host.run("ip", "address", "add", "10.9.8.7/24", "dev", "v0", "label", "v0:1")
         self.assertNotIn("IPv4", "".join(self.start().lines))
 
@@ -267,11 +267,28 @@ def close_all(opened: Sequence[socket.socket]) -> None:
 class OwnAddresses(unittest.TestCase):
     """Whether this host can be reached by IPv4."""
 
+    def test_addresses_decide(self) -> None:
+        lo4, other4 = b"\x7f\0\0\1", b"\x0a\0\0\1"
+        lo6, other6 = "1".zfill(32), "fd00".ljust(32, "0")
+        for ipv4, ipv6, only in (
+            ({lo4}, {lo6, other6}, True),
+            (set(), {lo6, other6}, True),
+            ({lo4}, {lo6}, False),
+            ({lo4}, set(), False),
+            ({lo4, other4}, {lo6, other6}, False),
+        ):
+            with (
+                self.subTest(ipv4=ipv4, ipv6=ipv6),
+                mock.patch("sockets._ipv4_addresses", return_value=ipv4),
+                mock.patch("sockets._ipv6_addresses", return_value=ipv6),
+            ):
+                self.assertEqual(is_ipv6_only(), only)
+
     def test_an_answer_that_cannot_be_had_is_no_warning(self) -> None:
         with mock.patch("sockets.fcntl.ioctl", side_effect=OSError(errno.EPERM, "no")):
-            self.assertFalse(is_ipv4_loopback_only())
+            self.assertFalse(is_ipv6_only())
         with mock.patch("sockets.sys.platform", "darwin"):
-            self.assertFalse(is_ipv4_loopback_only())
+            self.assertFalse(is_ipv6_only())
 
 
 if __name__ == "__main__":
