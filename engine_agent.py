@@ -9,13 +9,18 @@ engine goes on.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import atexit
 import contextlib
 import errno
 import glob
 import gzip
 import hmac
+import importlib
 import ipaddress
+import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -23,10 +28,12 @@ import re
 import secrets
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 import urllib.parse
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -860,8 +867,9 @@ class Meter:
         if now is None or before is None or now.times <= before.times or now.total < before.total:
             return
         latency_ms = 1000 * (now.total - before.total) / (now.times - before.times)
-        # Half of what was before: one slow step among few does not stand for the next.
-        self._latency_ms = latency_ms if self._latency_ms == 0.0 else (self._latency_ms + latency_ms) / 2
+        # About the mean of the last ten steps: a few new ones do not stand for the next, and a hang is soon forgotten.
+        weight = min(1.0, (now.times - before.times) / 10) if self._latency_ms else 1.0
+        self._latency_ms += weight * (latency_ms - self._latency_ms)
 
     def _measure_mode(self, now: Counted | None) -> None:
         seen = self._step_tokens
@@ -996,7 +1004,9 @@ class PhaseJudge:
 class Reporter:
     """Speaks for one engine_id: judges, writes and sends. For one thread at a time."""
 
-    FAREWELL_GAP_S = 0.03  # between the three: one of them gets through
+    # Before each of the three. Together, all would be lost to one full buffer; apart, a process that is killed after
+    # its SIGTERM sends only the first.
+    FAREWELL_GAPS_S = (0.0, 0.005, 0.05)
 
     def __init__(
         self,
@@ -1043,9 +1053,8 @@ class Reporter:
         statement = self._judge.gone()
         if statement is None:
             return
-        for turn in range(3):
-            if turn:
-                sleep(self.FAREWELL_GAP_S)
+        for gap_s in self.FAREWELL_GAPS_S:
+            sleep(gap_s)
             self._send(statement)
 
     def _begin_anew(self) -> None:
@@ -1371,9 +1380,8 @@ class Simulation:
     def end(self) -> None:
         """Say farewell for each engine that a gateway knows, three times."""
         known = [engine for engine in self.engines if ACTIVITIES[engine.activity].phase]
-        for turn in range(3):
-            if turn:
-                time.sleep(Reporter.FAREWELL_GAP_S)
+        for gap_s in Reporter.FAREWELL_GAPS_S:
+            time.sleep(gap_s)
             for engine in known:
                 self._send(GONE, engine.farewell(_now_ms()))
         for engine in known:
@@ -1509,6 +1517,719 @@ class Replay:
             state["boot"], state["seq"] = self._boots[life], self._seqs[life]
         datagram = json.dumps(state).encode()
         return datagram if self._key is None else self._key.sign(datagram)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside vLLM: the plugin
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# vLLM's API server calls record() on its event loop after every step of the engine. There, numbers are only put down.
+# A thread of the agent's own looks at them, judges and sends. With several API servers each has a part of what is to be
+# known: all of them pass it on to the first, which alone speaks.
+
+MOST_EXTRA_LOOKS = 20  # a second, beside the regular ones
+EXTRA_TOKENS = 256  # pending tokens have to double or halve by as many for one
+MOST_NEW_REQUESTS = 256  # of one step that are looked at one by one
+
+
+class RankStats:
+    """What one rank's steps left behind. Written by record() alone; `stats` is replaced as a whole for its readers."""
+
+    __slots__ = (
+        "prompt_tokens",
+        "prompts",
+        "stats",
+        "step_seconds",
+        "step_tokens",
+        "steps",
+        "steps_timed",
+        "tokens",
+    )
+
+    def __init__(self) -> None:
+        # When the last scheduler statistics came (monotonic, ms since the epoch), running, waiting, KV cache usage.
+        self.stats: tuple[float, int, int, int, float] | None = None
+        self.step_seconds = 0.0
+        self.steps_timed = 0
+        self.step_tokens = 0
+        self.steps = 0
+        self.tokens = 0
+        self.prompt_tokens = 0  # of requests that finished
+        self.prompts = 0
+
+    def add_iteration(self, iteration: Any, details: Any) -> int:
+        """Count what a step did; returns how many tokens of prompts are no longer pending after it."""
+        latencies = getattr(iteration, "inter_token_latencies_iter", None)
+        if latencies:
+            self.step_seconds += sum(latencies) / len(latencies)
+            self.steps_timed += 1
+        generated = getattr(iteration, "num_generation_tokens", 0)
+        prompt = getattr(iteration, "prompt_token_stats", None)
+        if prompt is not None:
+            computed, done = getattr(prompt, "computed", 0), getattr(prompt, "total", 0)
+        else:  # before vLLM 0.20
+            computed = done = getattr(iteration, "num_prompt_tokens", 0)
+        if details is not None:
+            # Of this step; what is computed of a prompt is otherwise credited only when its prefill ends.
+            computed = getattr(details, "num_ctx_tokens", computed)
+            generated = getattr(details, "num_generation_tokens", generated)
+        self.tokens += computed + generated
+        if computed + generated:
+            self.step_tokens += computed + generated
+            self.steps += 1
+        for request in getattr(iteration, "finished_requests", None) or ():
+            self.prompt_tokens += getattr(request, "num_prompt_tokens", 0)
+            self.prompts += 1
+        return int(done)
+
+
+class FrontEnd:
+    """The requests that one API server has in hand: the table of vLLM's output processor, by weak references."""
+
+    def __init__(self, engine: Any) -> None:
+        self._processor = weakref.ref(engine.output_processor)
+        core = getattr(engine, "engine_core", None)
+        self._core = None if core is None else weakref.ref(core)
+        self._newest: Any = None  # the key of the newest request that was counted as new
+        len(self._table())  # raises where there is no table
+
+    def _table(self) -> dict[Any, Any]:
+        processor = self._processor()
+        table = processor.request_states if processor is not None else {}
+        if not isinstance(table, dict):
+            raise TypeError("request_states is no dictionary")
+        return table
+
+    def pending(self) -> tuple[int, int]:
+        """How many requests there are, and the tokens of prompts of those whose first token has not come."""
+        states = list(self._table().values())  # at once: the event loop changes the table meanwhile
+        return len(states), sum(map(_pending_of, states))
+
+    def new_prompt_tokens(self) -> int:
+        """The tokens of prompts that came since this was asked last. On the event loop only."""
+        table = self._table()
+        newest = next(reversed(table), None)
+        if newest is None or newest == self._newest:
+            return 0
+        tokens = 0
+        for key in itertools.islice(reversed(table), MOST_NEW_REQUESTS):  # a dictionary keeps the order of arrival
+            if key == self._newest:
+                break
+            tokens += _pending_of(table[key])
+        self._newest = newest
+        return tokens
+
+    def by_rank(self, indexes: Sequence[int]) -> dict[int, list[int]] | None:
+        """Requests and pending tokens of each rank; None where the client does not say which rank has which request."""
+        core = self._core() if self._core is not None else None
+        owners, identities = getattr(core, "reqs_in_flight", None), getattr(core, "core_engines", None)
+        if not isinstance(owners, dict) or not isinstance(identities, list) or len(identities) != len(indexes):
+            return None
+        found = {index: [0, 0] for index in indexes}
+        index_of = dict(zip(identities, indexes, strict=True))
+        for key, one in list(self._table().items()):
+            index = index_of.get(owners.get(key))
+            if index is None:
+                return None  # on its way to a rank
+            found[index][0] += 1
+            found[index][1] += _pending_of(one)
+        return found
+
+    def is_dead(self) -> bool:
+        """Whether the engine's process ended under the API server."""
+        core = self._core() if self._core is not None else None
+        return getattr(getattr(core, "resources", None), "engine_dead", False) is True
+
+
+def _pending_of(request: Any) -> int:
+    return (getattr(request, "prompt_len", 0) or 0) if getattr(request, "is_prefilling", False) else 0
+
+
+@dataclass
+class Summary:
+    """What one API server knows of the engine at one time; passed between API servers as JSON."""
+
+    api_rank: int
+    at: float
+    ms: int
+    requests: int | None  # None: its front end cannot be seen
+    pending: int | None
+    by_rank: dict[int, list[int]] | None
+    asleep: bool
+    asleep_at: float  # when that was said
+    dead: bool
+    stats: dict[int, tuple[float, int, int, int, float]]
+    counted: dict[int, list[float]]  # the counters of RankStats
+    urgent: bool = False
+
+    def as_json(self) -> bytes:
+        """The summary as a JSON text."""
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def of_json(cls, text: bytes) -> Summary:
+        """What as_json made; raises anything where the text is something else."""
+        found = cls(**json.loads(text))
+        found.stats = {int(rank): tuple(one) for rank, one in found.stats.items()}  # type: ignore[misc]
+        found.counted = {int(rank): one for rank, one in found.counted.items()}
+        if found.by_rank is not None:
+            found.by_rank = {int(rank): one for rank, one in found.by_rank.items()}
+        return found
+
+
+class StepWatch:
+    """Takes vLLM's calls in one API server and sums them up. The methods named by vLLM run on its event loop."""
+
+    def __init__(
+        self,
+        indexes: Sequence[int],
+        front_end: FrontEnd | None,
+        wake: Callable[[], None],
+        *,
+        api_rank: int = 0,
+        clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
+    ) -> None:
+        self.front_end = front_end
+        self.indexes = list(indexes)
+        self.failures = 0  # calls that could not be understood
+        self._api_rank = api_rank
+        self._wake = wake
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._ranks = {index: RankStats() for index in indexes}
+        self._asleep = (False, 0.0)
+        self._woken_at: deque[float] = deque(maxlen=MOST_EXTRA_LOOKS)
+        self._is_woken = False
+        self._was_idle = True  # by the statistics at the last look
+        self._pending = 0  # at the last look
+        self._pending_now = 0  # since then, by what came and what was prefilled
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, engine_idx: Any) -> None:
+        """Put a step's numbers down, and wake the agent's thread where they say something that cannot wait."""
+        rank = self._ranks.get(engine_idx)
+        if rank is None:
+            if type(engine_idx) is not int or not 0 <= engine_idx < 65536:
+                return
+            rank = self._ranks[engine_idx] = RankStats()
+        now = self._clock()
+        busy = False
+        if scheduler_stats is not None:
+            running = scheduler_stats.num_running_reqs
+            waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
+            rank.stats = (
+                now,
+                int(self._wall_clock() * 1000),
+                running,
+                waiting,
+                getattr(scheduler_stats, "kv_cache_usage", math.nan),
+            )
+            busy = running + waiting > 0
+        if iteration_stats is not None:
+            done = rank.add_iteration(iteration_stats, getattr(scheduler_stats, "iteration_details", None))
+            self._pending_now -= done
+        if self.front_end is not None:
+            self._pending_now += self.front_end.new_prompt_tokens()
+        if self._is_woken or not ((busy and self._was_idle) or _differs(self._pending, self._pending_now)):
+            return
+        if len(self._woken_at) < MOST_EXTRA_LOOKS or now - self._woken_at[0] >= 1.0:
+            self._woken_at.append(now)
+            self._is_woken = True
+            self._wake()
+
+    def record_sleep_state(self, sleep: Any, level: Any) -> None:
+        """The engine fell asleep (`sleep` is 1) or woke up."""
+        self._asleep = (bool(sleep), self._clock())
+        self._wake()
+
+    def summary(self, *, urgent: bool = False) -> Summary:
+        """What is known now. In the agent's thread."""
+        now, now_ms = self._clock(), int(self._wall_clock() * 1000)
+        requests = pending = by_rank = None
+        dead = False
+        if self.front_end is not None:
+            requests, pending = self.front_end.pending()
+            if len(self._ranks) > 1:
+                by_rank = self.front_end.by_rank(self.indexes)
+            dead = self.front_end.is_dead()
+        ranks = dict(self._ranks)
+        stats = {index: rank.stats for index, rank in ranks.items() if rank.stats is not None}
+        self._is_woken = False
+        self._pending = self._pending_now = pending or 0
+        self._was_idle = all(one[2] + one[3] == 0 for one in stats.values())
+        counted = {
+            index: [
+                rank.step_seconds, rank.steps_timed, rank.step_tokens, rank.steps,
+                rank.tokens, rank.prompt_tokens, rank.prompts,
+            ]
+            for index, rank in ranks.items()
+        }  # fmt: skip
+        asleep, asleep_at = self._asleep
+        return Summary(
+            self._api_rank, now, now_ms, requests, pending, by_rank, asleep, asleep_at, dead, stats, counted, urgent
+        )
+
+
+def _differs(before: int, now: int) -> bool:
+    """Whether pending tokens doubled or halved, by enough to be told at once."""
+    less, more = (before, now) if before < now else (now, before)
+    return more - less >= EXTRA_TOKENS and more >= 2 * less
+
+
+def look_of(
+    summaries: Sequence[Summary], servers: int, indexes: Sequence[int], blocks: int | None, old_s: float
+) -> Look:
+    """One look at the engine, of what its API servers know; `servers` is how many there are, `blocks` the KV cache's
+    blocks of all ranks. What an API server said more than `old_s` ago is not known any more."""
+    newest = max(one.at for one in summaries)
+    fresh = [one for one in summaries if newest - one.at <= old_s]
+    oldest = min(fresh, key=lambda one: one.at)
+    requests: int | None = None
+    if len(fresh) < servers:
+        requests = HIDDEN
+    elif all(one.requests is not None for one in fresh):
+        requests = sum(one.requests or 0 for one in fresh)
+    by_rank: dict[int, list[int]] | None = None
+    if len(fresh) >= servers and all(one.by_rank is not None for one in fresh):
+        by_rank = {
+            index: [sum((one.by_rank or {}).get(index, [0, 0])[kind] for one in fresh) for kind in (0, 1)]
+            for index in indexes
+        }
+    pending = None if any(one.pending is None for one in fresh) else sum(one.pending or 0 for one in fresh)
+    total = -1 if not blocks else blocks // len(indexes) - 1
+    readings = [_reading(index, summaries, total) for index in indexes]
+    if pending is not None:
+        _share_pending(readings, pending, by_rank)
+    asleep = max(summaries, key=lambda one: one.asleep_at).asleep
+    return Look(
+        readings,
+        Proof(oldest.at, oldest.ms),
+        requests,
+        None if by_rank is None else {index: one[0] for index, one in by_rank.items()},
+        asleep,
+    )
+
+
+def _reading(index: int, summaries: Sequence[Summary], total: int) -> Reading:
+    stats = max((one.stats[index] for one in summaries if index in one.stats), default=None)
+    counted = [sum(one.counted.get(index, _NOTHING)[place] for one in summaries) for place in range(len(_NOTHING))]
+    seconds, timed, step_tokens, steps, tokens, prompt_tokens, prompts = counted
+    reading = Reading(
+        0,
+        0,
+        rank=index,
+        total=total,
+        free=total,
+        step_times=Counted(seconds, timed),
+        step_tokens=Counted(step_tokens, steps),
+        tokens=tokens,
+        prompts=Counted(prompt_tokens, prompts),
+    )
+    if stats is not None:
+        at, ms, reading.running, reading.waiting, usage = stats
+        reading.marker, reading.proof = at, Proof(at, ms)
+        reading.free = round((1.0 - usage) * total) if total >= 0 and 0.0 <= usage <= 1.0 else -1
+    return reading
+
+
+_NOTHING = (0.0,) * 7
+
+
+def _share_pending(readings: Sequence[Reading], pending: int, by_rank: Mapping[int, Sequence[int]] | None) -> None:
+    """Give each rank its pending tokens: as known, or else by its waiting requests."""
+    waiting = sum(one.waiting for one in readings)
+    for number, reading in enumerate(readings):
+        if by_rank is not None:
+            reading.pending = by_rank[reading.rank][1]
+        elif waiting:
+            reading.pending = round(pending * reading.waiting / waiting)
+        else:
+            reading.pending = pending if number == 0 else 0
+
+
+class Meeting:
+    """Where the API servers of one vLLM meet: a datagram socket of the first, in Linux's abstract namespace, by the
+    process that started them all. Only this user's processes are listened to."""
+
+    MOST_BYTES = 65536
+
+    def __init__(self) -> None:
+        parent = os.getppid()
+        with open(f"/proc/{parent}/stat", "rb") as file:
+            started = file.read().rsplit(b") ", 1)[1].split()[19].decode()
+        # Containers that share the host's network have the same abstract names, and often the same process ids.
+        space = os.stat("/proc/self/ns/pid").st_ino
+        self._name = f"\0elrar-agent-{space}-{parent}-{started}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def open(self) -> None:
+        """Be the one that all others send to; raises OSError."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._socket.bind(self._name)
+
+    def receive(self) -> Summary | None:
+        """Wait for the next summary; None for what is none."""
+        text, ancillary, flags, _ = self._socket.recvmsg(self.MOST_BYTES, 256)
+        users = [
+            struct.unpack("3i", data)[1]
+            for level, kind, data in ancillary
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(data) == 12
+        ]
+        if users != [os.getuid()] or flags & socket.MSG_TRUNC:
+            return None
+        try:
+            return Summary.of_json(text)
+        except Exception:  # whatever it was
+            return None
+
+    def send(self, summary: Summary) -> None:
+        """Send it to the first API server, without waiting; raises OSError."""
+        self._socket.setblocking(False)
+        self._socket.sendto(summary.as_json(), self._name)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What is known of vLLM's API server when the plugin is made."""
+
+    model: str | None
+    engine: str
+    scheme: str
+    port: int | None  # None where it has none, such as with --uds
+    host: str
+    api_rank: int
+    servers: int
+    indexes: tuple[int, ...]
+
+
+class PluginAgent:
+    """The agent in one API server: its thread, and what starts and ends it. Nothing of it raises into vLLM."""
+
+    def __init__(self, settings: Settings, facts: ServerFacts, vllm_config: Any, engine: Any, say: Say) -> None:
+        self.say = say
+        self.complaints = Complaints(say)
+        self._settings = settings
+        self._facts = facts
+        self._config = vllm_config
+        self._wake = threading.Event()
+        self._ending = False
+        self._ended = threading.Event()
+        front_end = None
+        try:
+            front_end = FrontEnd(engine)
+        except Exception as error:
+            say(
+                f"the table of requests cannot be read ({_why(error)}): pending tokens are estimated, and a hang from"
+                " idle cannot be seen"
+            )
+        self.watch = StepWatch(facts.indexes, front_end, self._wake.set, api_rank=facts.api_rank)
+        self._sender = Sender(settings, self.complaints)
+        self._agent = Agent(settings, self._sender)
+        self._keys = KeyWatch(settings, self.complaints)
+        self._meeting = Meeting() if facts.servers > 1 else None
+        self._others: dict[int, Summary] = {}  # replaced item by item by the meeting's thread
+        self._answers = facts.port is None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this API server is the one that sends."""
+        return self._facts.api_rank == 0
+
+    def start(self) -> None:
+        """Start the thread, and for the first of several API servers the one that listens to the others."""
+        if self.speaks:
+            self._sender.start()
+            if self._meeting is not None:
+                try:
+                    self._meeting.open()
+                except OSError as error:
+                    self.say(f"the other API servers cannot be heard ({_why(error)}): idleness cannot be proven")
+                else:
+                    threading.Thread(target=self._listen, name="elrar-meeting", daemon=True).start()
+        threading.Thread(target=self._run, name="elrar-agent", daemon=True).start()
+        gateways = ", ".join(one.host for one in self._settings.gateways)
+        who = f"API server {self._facts.api_rank + 1} of {self._facts.servers}" if self._meeting else "this engine"
+        self.say(f"{AGENT} reports {who} to {gateways} every {round(self._settings.push_interval_s * 1000)} ms")
+
+    def end(self, wait_s: float = 0.0) -> None:
+        """Say farewell, in the agent's thread, and nothing after it."""
+        self._ending = True
+        self._wake.set()
+        if wait_s:
+            self._ended.wait(wait_s)
+
+    def _listen(self) -> None:
+        while not self._ending:
+            try:
+                summary = self._meeting.receive() if self._meeting is not None else None
+            except OSError as error:
+                self.complaints.trouble("meeting", f"the other API servers cannot be heard ({_why(error)})")
+                time.sleep(1.0)
+                continue
+            if summary is not None and 0 < summary.api_rank < self._facts.servers:
+                self._others[summary.api_rank] = summary
+                if summary.urgent:
+                    self._wake.set()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while True:
+            woken = self._wake.wait(max(0.0, due - time.monotonic()))
+            self._wake.clear()
+            if self._ending:
+                break
+            try:
+                self.step(urgent=woken)
+            except Exception as error:
+                self.complaints.trouble("step", f"a look at the engine failed ({type(error).__name__}: {error})")
+            due = time.monotonic() + self._settings.push_interval_s
+        try:
+            if self.speaks:
+                self._agent.ended()
+        finally:
+            self._sender.stop()
+            self._ended.set()
+
+    def step(self, *, urgent: bool = False) -> None:
+        """Look once, and say what is proven; or, in an API server that is not the first, pass on what is known."""
+        summary = self.watch.summary(urgent=urgent)
+        if not self.speaks:
+            try:
+                if self._meeting is not None:
+                    self._meeting.send(summary)
+            except OSError as error:
+                self.complaints.trouble("meeting", f"the first API server cannot be reached ({_why(error)})")
+            return
+        if self.watch.failures:
+            self.complaints.trouble("calls", f"{self.watch.failures} calls of vLLM were not understood")
+        self._identify()
+        key = self._keys.changed(summary.at)
+        if key is not None:
+            self._agent.use_key(key)
+        summaries = [summary, *self._others.values()]
+        if any(one.dead for one in summaries):
+            self._agent.ended()
+        elif self._is_up(summaries):
+            blocks = getattr(getattr(self._config, "cache_config", None), "num_gpu_blocks", None)
+            blocks = blocks if isinstance(blocks, int) and blocks > 0 else None
+            old_s = max(1.0, 3 * self._settings.push_interval_s)
+            self._agent.saw(look_of(summaries, self._facts.servers, self.watch.indexes, blocks, old_s))
+        else:
+            self._agent.saw_nothing()
+
+    def _identify(self) -> None:
+        engine_id = self._settings.engine_id
+        if engine_id is None and self._agent.engine_id is None:
+            own = self._sender.own_address()
+            if own is not None:
+                host = f"[{own}]" if ":" in own else own
+                engine_id = f"{self._facts.scheme}://{host}:{self._facts.port or 8000}"
+        self._agent.identify(engine_id, self._facts.model, self._facts.engine)
+
+    def _is_up(self, summaries: Sequence[Summary]) -> bool:
+        """Whether the server takes requests: the plugin is there half a second before its port is."""
+        if not self._answers:
+            self._answers = any(one.stats for one in summaries)  # it had some
+        if not self._answers and self._facts.port is not None:
+            with contextlib.suppress(OSError), socket.create_connection((self._facts.host, self._facts.port), 0.5):
+                self._answers = True
+        return self._answers
+
+
+def _frames(most: int = 80) -> Iterator[Any]:
+    frame = sys._getframe(1)
+    for _ in range(most):
+        if frame is None:
+            return
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _find_local(name: str, *attributes: str) -> Any:
+    """The nearest caller's variable of that name that has these attributes, or None."""
+    for frame in _frames():
+        found = frame.f_locals.get(name)
+        try:
+            for attribute in attributes:
+                getattr(found, attribute)
+        except Exception:
+            continue
+        return found
+    return None
+
+
+def _facts(vllm_config: Any, indexes: Sequence[int], argv: Sequence[str]) -> ServerFacts:
+    arguments = _find_local("args", "host", "port")  # of the API server's command line
+    port = getattr(arguments, "port", None)
+    if not isinstance(port, int):
+        port = _port_in(argv)
+    host = getattr(arguments, "host", None)
+    if not isinstance(host, str) or host in ("", "0.0.0.0"):
+        host = "127.0.0.1"
+    elif host == "::":
+        host = "::1"
+    parallel = getattr(vllm_config, "parallel_config", None)
+    servers = getattr(parallel, "_api_process_count", 1)
+    rank = getattr(parallel, "_api_process_rank", 0)
+    config = getattr(vllm_config, "model_config", None)
+    name = getattr(config, "served_model_name", None) or getattr(config, "model", None)
+    name = name[0] if isinstance(name, (list, tuple)) and name else name
+    return ServerFacts(
+        name[:256] if isinstance(name, str) and name.isprintable() else None,
+        f"vllm {getattr(sys.modules.get('vllm'), '__version__', 'unknown')}",
+        "https" if getattr(arguments, "ssl_certfile", None) else "http",
+        None if getattr(arguments, "uds", None) else port,
+        host,
+        rank if isinstance(rank, int) and rank > 0 else 0,
+        servers if isinstance(servers, int) and servers > 1 else 1,
+        tuple(indexes),
+    )
+
+
+def _port_in(argv: Sequence[str]) -> int:
+    for at, word in enumerate(argv):
+        text = word[len("--port=") :] if word.startswith("--port=") else None
+        if word == "--port" and at + 1 < len(argv):
+            text = argv[at + 1]
+        if text is not None and text.isdecimal():
+            return int(text)
+    return 8000
+
+
+class _Ending:
+    """Sees to the farewell: at SIGTERM and SIGINT, and at the process's end.
+
+    vLLM's event loop has its signals by a file descriptor, and a Python function that does nothing beside it: ours is
+    put before that function, on the event loop, again and again, because vLLM puts its own there when it is ready.
+    """
+
+    CHECK_S = 0.5
+
+    def __init__(self, agent: PluginAgent) -> None:
+        self._agent = agent
+        self._pid = os.getpid()
+        self._mine: set[Any] = set()
+        atexit.register(self._at_exit)
+        with contextlib.suppress(RuntimeError):  # no event loop
+            self._watch(asyncio.get_running_loop())
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid:
+            self._agent.end(wait_s=0.2)
+
+    def _watch(self, loop: Any) -> None:
+        try:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    self._put_before(number)
+            loop.call_later(self.CHECK_S, self._watch, loop)
+        except Exception as error:
+            self._agent.complaints.trouble("signals", f"the end cannot be seen coming ({_why(error)})")
+
+    def _put_before(self, number: int) -> None:
+        before = signal.getsignal(number)
+        if before in self._mine or not callable(before) or before is signal.default_int_handler:
+            return
+
+        def farewell(signum: int, frame: Any) -> Any:
+            if os.getpid() == self._pid:
+                self._agent.end()
+            return before(signum, frame)
+
+        self._mine.add(farewell)
+        signal.signal(number, farewell)
+        signal.siginterrupt(number, False)
+
+
+def _start_plugin(vllm_config: Any, indexes: Sequence[int], say: Say) -> PluginAgent | None:
+    """Start the agent in this API server; None, with a line that says why, where that cannot be."""
+    try:
+        settings = read_settings(os.environ)
+        engine = _find_local("self", "output_processor", "engine_core")  # vLLM's AsyncLLM, being constructed
+        agent = PluginAgent(settings, _facts(vllm_config, indexes, sys.argv), vllm_config, engine, say)
+        agent.start()
+        _Ending(agent)
+    except SettingsError as error:
+        say("is silent, because settings cannot be used: " + "; ".join(error.errors))
+    except Exception as error:
+        say(f"is silent, because it could not be started ({type(error).__name__}: {error})")
+    else:
+        return agent
+    return None
+
+
+def _say_in_vllm(text: str) -> None:
+    with contextlib.suppress(Exception):
+        # Below vLLM's own logger, so that it goes where vLLM's lines go.
+        logging.getLogger("vllm.elrar_agent").warning("engine_agent: %s", text)
+
+
+def _make_stat_logger() -> type:
+    """The class that vLLM's plugin group wants: it has to derive from vLLM's own, which only vLLM has."""
+    base: Any = importlib.import_module("vllm.v1.metrics.loggers").AggregateStatLoggerBase
+
+    class StatLogger(base):  # type: ignore[misc]
+        """What vLLM makes and calls. An exception here would end the server: none gets out."""
+
+        def __init__(self, vllm_config: Any = None, engine_indexes: Any = (0,), *_: Any, **__: Any) -> None:
+            self._agent: PluginAgent | None = None
+            try:
+                indexes = [engine_indexes] if isinstance(engine_indexes, int) else [int(one) for one in engine_indexes]
+                self._agent = _start_plugin(vllm_config, indexes or [0], _say_in_vllm)
+                if self._agent is not None:
+                    os.register_at_fork(after_in_child=self._forget)
+            except Exception as error:
+                _say_in_vllm(f"is silent, because it could not be started ({type(error).__name__})")
+
+        def _forget(self) -> None:
+            self._agent = None  # a child has no thread of the agent's, and is no API server
+
+        def record(
+            self,
+            scheduler_stats: Any = None,
+            iteration_stats: Any = None,
+            mm_cache_stats: Any = None,
+            engine_idx: Any = 0,
+            *_: Any,
+            **__: Any,
+        ) -> None:
+            agent = self._agent
+            if agent is not None:
+                try:
+                    agent.watch.record(scheduler_stats, iteration_stats, engine_idx)
+                except Exception:
+                    agent.watch.failures += 1
+
+        def record_sleep_state(self, is_awake: Any = 0, level: Any = 0, *_: Any, **__: Any) -> None:
+            agent = self._agent
+            if agent is not None:
+                try:
+                    agent.watch.record_sleep_state(is_awake, level)  # 1 means asleep, whatever the base class says
+                except Exception:
+                    agent.watch.failures += 1
+
+        def log_engine_initialized(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def log(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def record_admission_rejection(self, *_: Any, **__: Any) -> None:
+            pass
+
+    return StatLogger
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StatLogger":  # made when vLLM asks for it: everything else of this file needs no vLLM
+        made = _make_stat_logger()
+        globals()[name] = made
+        return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

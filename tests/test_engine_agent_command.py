@@ -232,6 +232,9 @@ class Commands(unittest.TestCase):
                 (point.group, point.name, point.value),
                 ("vllm.stat_logger_plugins", "elrar", "engine_agent:StatLogger"),
             )
+            # The same as what `pip install` of the project installs.
+            project = (TOP / "pyproject.toml").read_text()
+            self.assertIn(f'[project.entry-points."{point.group}"]\n{point.name} = "{point.value}"\n', project)
             again = subprocess.run([sys.executable, f"{folder}/plugin/engine_agent.py", "--install-plugin",
                                     f"{folder}/plugin"], check=False, capture_output=True, timeout=60)  # fmt: skip
             self.assertEqual(again.returncode, 0)
