@@ -362,8 +362,6 @@ class InChromium(unittest.TestCase):
                 "return document.querySelectorAll('img, iframe, object, main script, dialog script').length"
             )
             self.assertEqual(foreign, 0)
-        # The name `..` goes up in any address, and no browser can ask for its history.
-        self.expected_complaints = "/history - Failed to load resource: the server responded with a status of 404"
 
     def test_what_is_unknown_is_shown_as_unknown(self) -> None:
         """Placeholders, -1 and a capacity or total of 0 are never shown as a load of 0; a load of 0 is."""
@@ -536,6 +534,22 @@ class InChromium(unittest.TestCase):
             readers.close()
             self.wait_text("#connection", "^Connected$")
             wait_until("the notice to go", lambda: "event stream" not in (self.browser.text("#notices") or ""))
+
+    def test_histories_that_cannot_be_read_are_no_secret(self) -> None:
+        """A curve that is missing, in the table or in an engine's sheet, is missing with a word."""
+        self.expected_complaints = "status of 404"
+        with self.gateway(STALE_THRESHOLD=600_000) as running, pushing(running, 3, 0.2):
+            self.open(running)
+            self.wait_rows(3)
+            self.assertNotIn("history", self.browser.text("#notices") or "")
+            self.browser.run("""
+              const asked = window.fetch;
+              window.fetch = (path, how) => asked(path.replace("history?", "nowhere?"), how);
+              for (const engine of engines.values()) [engine.points, engine.askedAt] = [null, -Infinity];""")
+            self.wait_text("#notices", r"The history of engines cannot be read \(history: 404\)")
+            self.browser.run("location.hash = '#engine=engine-1'")
+            self.wait_text("#engine-trouble", r"^Its history cannot be read \(history: 404\)")
+            self.until("document.querySelector('#charts .stroke').getAttribute('d').includes('L')")
 
     def test_what_is_wrong_is_said_in_words(self) -> None:
         """Nothing is said of what was rejected before the page was opened; what comes then is said with its reason."""
