@@ -119,7 +119,9 @@ class StateGateway:
         self._store = StateStore(
             config.stale_threshold_ms, config.expire_after_ms, config.max_engines, config.history, clock=clock
         )
-        self._watch = Watch(self._store, config.stale_threshold_ms, clock=clock, wall_clock=wall_clock)
+        self._watch = Watch(
+            self._store, config.stale_threshold_ms, instance=self._instance, clock=clock, wall_clock=wall_clock
+        )
         self._sockets: list[socket.socket] = []
         self._http_sockets: list[socket.socket] = []
         self._log: StateLog | None = None

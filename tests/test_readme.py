@@ -84,6 +84,7 @@ def masked(text: str) -> list[str]:
     """Output with numbers, instances and widths of columns made alike, so that two runs can be compared."""
     text = text.replace(" and [::1]:9999", "")
     text = re.sub(r'"[0-9a-f]{16}"', '"INSTANCE"', text)
+    text = re.sub(r"-[0-9a-f]{16}\b", "-INSTANCE", text)
     text = re.sub(r"[0-9]+([.:-][0-9]+)*", "#", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith(("State", "UNCONN # # [::#]"))]

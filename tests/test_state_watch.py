@@ -8,14 +8,24 @@ import itertools
 import json
 import random
 import socket
+import sys
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 from state_query import Query, QueryError
 from state_store import NEWS_KEPT_S, StateStore
-from state_watch import COMMENT_S, EVENTS_AT_A_TIME, MAX_READERS, REMOVED_KEPT, SHARED_S, Watch, WatchReader
+from state_watch import (
+    COMMENT_INTERVAL_S,
+    MAX_EVENTS_PER_READ,
+    MAX_READERS,
+    MAX_REMOVED,
+    MAX_SHARED_AGE_S,
+    Watch,
+    WatchReader,
+)
 from tests.event_stream import EventStream, StreamEvent
 from tests.harness import DEADLINE_S, Daemon, FakeClock, ask, batch, daemon, datagram, heartbeat, wait_until
 from tests.test_query import AnyGateway
@@ -29,14 +39,20 @@ class Event(NamedTuple):
     number: int
     kind: str
     data: Any
+    instance: str
 
     @property
     def engine_id(self) -> str:
         return str(self.data["engine_id"])
 
+    @property
+    def id(self) -> str:
+        return f"{self.number}-{self.instance}"
+
 
 def ours(event: StreamEvent) -> Event:
-    return Event(int(event.last_event_id), event.kind, json.loads(event.data))
+    number, _, instance = event.last_event_id.partition("-")
+    return Event(int(number), event.kind, json.loads(event.data), instance)
 
 
 def parse(stream: bytes) -> list[Event]:
@@ -52,17 +68,37 @@ class Table:
 
     def __init__(self) -> None:
         self.entries: dict[str, Any] = {}
-        self.number = 0
+        self.number, self.id = 0, ""
 
     def apply(self, event: Event) -> None:
         assert event.number > self.number, "numbers only grow"
-        self.number = event.number
+        self.number, self.id = event.number, event.id
         if event.kind == "snapshot":
             self.entries = dict(event.data["engines"])
         elif event.kind == "removed":
             self.entries.pop(event.engine_id, None)  # it may have come and gone while this reader was slow
         else:
             self.entries[event.engine_id] = event.data
+
+
+def lines_run(function: Callable[[], object]) -> int:
+    """How many lines of state_watch.py a call runs: what it costs, on any machine."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.endswith("state_watch.py"):
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 class WatchCase(unittest.TestCase):
@@ -72,7 +108,9 @@ class WatchCase(unittest.TestCase):
         self.clock = FakeClock()
         self.store = StateStore(2000, 6000, self.max_engines, 3, clock=self.clock)
         self.store.advance_watermark(self.clock())
-        self.watch = Watch(self.store, 2000, clock=self.clock, wall_clock=lambda: 1_795_000_000.0)
+        self.watch = Watch(
+            self.store, 2000, instance="0123456789abcdef", clock=self.clock, wall_clock=lambda: 1_795_000_000.0
+        )
         self.gateway = AnyGateway()
         self.query = Query(self.store, self.gateway, self.watch)
         self.sent = 0
@@ -163,7 +201,7 @@ class Order(WatchCase):
     def test_nothing_new_is_nothing_sent_and_after_a_while_a_comment(self) -> None:
         reader = self.watching()
         self.assertEqual(reader.read(), b"")
-        self.move(COMMENT_S - 1)
+        self.move(COMMENT_INTERVAL_S - 1)
         self.assertEqual(reader.read(), b"")
         self.move(1)
         comment = reader.read()
@@ -199,7 +237,7 @@ class Order(WatchCase):
         self.move(0.1)
         text = reader.read()
         self.assertTrue(text.startswith(b"id: "))
-        back = self.open(last_event_id=str(parse(text)[-1].number))
+        back = self.open(last_event_id=parse(text)[-1].id)
         self.assertEqual(back.read(), b"")
         self.push("a")
         self.move(0.1)
@@ -239,9 +277,14 @@ class Order(WatchCase):
         self.assertEqual(event.engine_id, name)
 
     def test_numbers_grow_over_a_restart_of_the_gateway(self) -> None:
-        earlier, later = (Watch(self.store, 2000, wall_clock=lambda at=at: at) for at in (1e9, 1e9 + 0.1))  # type: ignore[misc]
-        self.assertLess(earlier.number, later.number)
-        self.assertLess(later.number, 2**53)
+        numbers = []
+        for wall_s in (1e9, 1e9 + 0.1):
+            restarted = Watch(self.store, 2000, instance="x", wall_clock=lambda wall_s=wall_s: wall_s)  # type: ignore[misc]
+            reader = restarted.open(lambda: b"{}\n", (), 0, "")
+            assert reader is not None
+            numbers.append(parse(reader.read())[0].number)
+        self.assertLess(*numbers)
+        self.assertLess(numbers[-1], 2**53)
 
 
 class Resuming(WatchCase):
@@ -250,69 +293,84 @@ class Resuming(WatchCase):
     def test_it_gets_the_newest_of_each_engine_that_changed(self) -> None:
         reader = self.watching()
         self.push("a", "b", "c")
-        last = self.read(reader)[-1].number
+        last = self.read(reader)[-1].id
         reader.close()
         self.push("b")
         self.push("b", "d", pending_tokens_total=99)
-        told = self.read(self.open(last_event_id=str(last)))
+        told = self.read(self.open(last_event_id=last))
         self.assertEqual(self.kinds(told), [("state", "b"), ("state", "d")])
         self.assertEqual(told[0].data["pending_tokens_total"], 99)
-        self.assertGreater(told[0].number, last)
+        self.assertGreater(told[0].number, int(last.partition("-")[0]))
 
     def test_it_learns_who_went_stale_and_who_is_gone(self) -> None:
         reader = self.watching()
         self.push("a", "b")
-        last = self.read(reader)[-1].number
+        last = self.read(reader)[-1].id
         reader.close()
         self.move(3.0)
         self.push("b")
         self.move(3.5)
-        told = self.kinds(self.read(self.open(last_event_id=str(last))))
+        told = self.kinds(self.read(self.open(last_event_id=last)))
         self.assertEqual(sorted(told), [("removed", "a"), ("stale", "b")])
 
     def test_much_that_was_missed_comes_a_part_at_a_time(self) -> None:
         reader = self.watching()
         self.push("a")
-        last = self.read(reader)[-1].number
+        last = self.read(reader)[-1].id
         reader.close()
         self.push(*(f"e{number}" for number in range(900)))
-        back = self.open(last_event_id=str(last))
+        back = self.open(last_event_id=last)
         told = []
         while more := self.read(back, 0.01):
-            self.assertLessEqual(len(more), EVENTS_AT_A_TIME)
+            self.assertLessEqual(len(more), MAX_EVENTS_PER_READ)
             told += more
         self.assertEqual([event.engine_id for event in told], [f"e{number}" for number in range(900)])
 
     def test_it_gets_nothing_twice(self) -> None:
         reader = self.watching()
         self.push("a")
-        last = self.read(reader)[-1].number
-        self.assertEqual(self.read(self.open(last_event_id=str(last))), [])
+        last = self.read(reader)[-1].id
+        self.assertEqual(self.read(self.open(last_event_id=last)), [])
 
     def test_what_is_no_number_of_ours_gets_a_snapshot(self) -> None:
         reader = self.watching()
         self.push("a")
-        last = self.read(reader)[-1].number
-        for other in ("", "0", "-1", "abc", "9" * 30, "１２", str(last + 1000), str(last - 10**6)):
-            with self.subTest(other):
+        last = self.read(reader)[-1]
+        far, before, ours = last.number + 1000, last.number - 10**6, last.instance
+        others = ("", "0", "-1", "abc", "9" * 30, "9" * 16_000, "１２", last.id + "0", f"{last.number}", f"-{ours}")
+        for other in (*others, f"{far}-{ours}", f"{before}-{ours}", f"{'9' * 30}-{ours}", f"１２-{ours}"):
+            with self.subTest(other[:40]):
                 (event,) = parse(self.open(last_event_id=other).read())
                 self.assertEqual(event.kind, "snapshot")
+
+    def test_an_id_of_another_gateway_that_was_started_at_the_same_time_gets_a_snapshot(self) -> None:
+        """Its numbers are in the same range: both began with the time of the day."""
+        other = Watch(
+            self.store, 2000, instance="fedcba9876543210", clock=self.clock, wall_clock=lambda: 1_795_000_000.0
+        )
+        reader = self.watching()
+        self.push("a", "b", "c")
+        told = self.read(reader)
+        there = other.open(lambda: b'{"engines": {}}\n', (), 0, told[1].id)
+        assert there is not None
+        (event,) = parse(there.read())
+        self.assertEqual((event.kind, event.instance), ("snapshot", "fedcba9876543210"))
 
     def test_after_a_minute_in_which_nobody_watched_it_is_a_snapshot(self) -> None:
         reader = self.watching()
         self.push("a")
-        last = self.read(reader)[-1].number
+        last = self.read(reader)[-1].id
         reader.close()
         self.move(NEWS_KEPT_S + 1)
         self.push("b")
-        (event,) = self.read(self.open(last_event_id=str(last)))
+        (event,) = self.read(self.open(last_event_id=last))
         self.assertEqual((event.kind, list(event.data["engines"])), ("snapshot", ["b"]))
 
     def test_with_states_held_back_it_is_a_snapshot(self) -> None:
         reader = self.watching("/watch?min_interval_ms=1000")
         self.push("a")
-        last = self.read(reader)[-1].number
-        (event,) = parse(self.open("/watch?min_interval_ms=1000", str(last)).read())
+        last = self.read(reader)[-1].id
+        (event,) = parse(self.open("/watch?min_interval_ms=1000", last).read())
         self.assertEqual(event.kind, "snapshot")
 
     def test_one_removed_twice_in_a_row_is_told_as_the_later(self) -> None:
@@ -329,18 +387,18 @@ class Resuming(WatchCase):
     def test_a_snapshot_has_a_number_of_its_own(self) -> None:
         reader = self.watching("/watch?min_interval_ms=1000")
         self.push("a")
-        last = self.read(reader)[-1].number
-        (event,) = parse(self.open("/watch?min_interval_ms=1000", str(last)).read())
-        self.assertGreater(event.number, last)
+        last = self.read(reader)[-1]
+        (event,) = parse(self.open("/watch?min_interval_ms=1000", last.id).read())
+        self.assertGreater(event.number, last.number)
 
     def test_what_is_kept_of_the_removed_is_bounded(self) -> None:
-        reader = self.watching()
-        last = self.watch.number
-        for turn in range(REMOVED_KEPT // 1000 + 2):
+        (snapshot,) = parse((reader := self.open()).read())
+        last = snapshot.id
+        for turn in range(MAX_REMOVED // 1000 + 2):
             self.push(*(f"{turn}-{number}" for number in range(1000)))
             self.read(reader, 7.0)
-        self.assertLessEqual(len(self.watch._removed), REMOVED_KEPT)
-        (event,) = parse(self.open(last_event_id=str(last)).read())
+        self.assertLessEqual(len(self.watch._removed), MAX_REMOVED)
+        (event,) = parse(self.open(last_event_id=last).read())
         self.assertEqual(event.kind, "snapshot")
 
 
@@ -375,7 +433,7 @@ class SlowReaders(WatchCase):
         self.read(quick)
         told: list[Event] = []
         while more := self.read(reader, 0.01):
-            self.assertLessEqual(len(more), EVENTS_AT_A_TIME)
+            self.assertLessEqual(len(more), MAX_EVENTS_PER_READ)
             told += more
         self.assertEqual(sorted(event.engine_id for event in told), sorted(names))
         numbers = [event.number for event in told]
@@ -393,7 +451,7 @@ class SlowReaders(WatchCase):
         self.push("a")
         self.move(0.1)
         self.assertEqual(first.read(), second.read())
-        self.clock.move(SHARED_S * 1.5)
+        self.clock.move(MAX_SHARED_AGE_S * 1.5)
         (event,) = parse(third.read())
         self.assertEqual(event.data["age_ms"], 115)
 
@@ -463,10 +521,26 @@ class Narrowed(WatchCase):
             self.push(*names)
             told = []
             while more := self.read(reader, 0.001):
-                self.assertLessEqual(len(more), EVENTS_AT_A_TIME)
+                self.assertLessEqual(len(more), MAX_EVENTS_PER_READ)
                 told += [event.engine_id for event in more]
             self.assertEqual(told, names)
             self.move(1.0)
+
+    def test_what_is_held_back_is_not_gone_through_again_and_again(self) -> None:
+        """However many engines wait for their interval to end, a reader costs the same until one's time has come."""
+        lines = []
+        for count in (100, 900):
+            reader = self.watching("/watch?min_interval_ms=3600000")
+            names = [f"{count}-{number}" for number in range(count)]
+            for _ in range(2):
+                self.push(*names)
+                self.move(0.1)
+                while reader.read():
+                    self.move(0.001)
+            self.move(0.1)
+            lines.append(lines_run(reader.read))
+            reader.close()
+        self.assertEqual(lines[0], lines[1])
 
     def test_an_empty_engine_id_is_refused(self) -> None:
         for query in ("engine_id=", "engine_id=a&engine_id="):
@@ -514,7 +588,7 @@ class Tables(WatchCase):
                     continue  # all but the first are slow
                 if number > 1 and chance.random() < 0.05:
                     reader.close()  # and some lose their connection
-                    readers[number] = (self.open(last_event_id=str(table.number)), table)
+                    readers[number] = (self.open(last_event_id=table.id), table)
                 for event in parse(readers[number][0].read()):
                     table.apply(event)
         self.move(0.1)
@@ -598,22 +672,22 @@ class RealSockets(unittest.TestCase):
         with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running:
             stream = self.watching(running)
             running.send(datagram(engine_id="a", timestamp_ms=1))
-            last = stream.wait_for("state", "a").number
+            last = stream.wait_for("state", "a").id
             stream.close()
             wait_until("the reader to be forgotten", lambda: running.stats()["watch"]["readers"] == 0)
             running.send(datagram(engine_id="b", timestamp_ms=1))
             running.wait_received(2)
-            self.assertEqual(next(self.watching(running, last_event_id=str(last)).events()).engine_id, "b")
+            self.assertEqual(next(self.watching(running, last_event_id=last).events()).engine_id, "b")
 
     def test_after_a_restart_of_the_gateway_a_snapshot_comes(self) -> None:
         with daemon(BIND_ADDRESS="127.0.0.1") as running:
             stream = self.watching(running)
             running.send(datagram(engine_id="a"))
-            before = stream.wait_for("state", "a").number
+            before = stream.wait_for("state", "a")
         with daemon(BIND_ADDRESS="127.0.0.1") as running:
-            event = next(self.watching(running, last_event_id=str(before)).events())
+            event = next(self.watching(running, last_event_id=before.id).events())
             self.assertEqual((event.kind, event.data.get("engines")), ("snapshot", {}))
-            self.assertGreater(event.number, before)
+            self.assertGreater(event.number, before.number)
 
     def test_a_reader_that_does_not_read_harms_nobody(self) -> None:
         """5 MB that it does not take; the others, and intake, go on."""
