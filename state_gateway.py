@@ -18,8 +18,8 @@ from typing import Any
 
 from config import BROADCAST, PREFIX, UNICAST, Config
 from engine_state import EngineState
-from http_server import HttpServer
 from log_file import LogInUse, standard_stream
+from query_server import QueryServer, counters_document
 from sockets import (
     SocketLost,
     format_address,
@@ -125,7 +125,7 @@ class StateGateway:
         self._sockets: list[socket.socket] = []
         self._http_sockets: list[socket.socket] = []
         self._log: StateLog | None = None
-        self._http: HttpServer | None = None
+        self._http: QueryServer | None = None
         self.udp_port = config.udp_port  # the numbers that are really bound, once it is open
         self.http_port = config.http_port
 
@@ -183,9 +183,9 @@ class StateGateway:
             parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
         if self._http_sockets:
             query = Query(self._store, self, self._watch)
-            self._http = HttpServer(
+            self._http = QueryServer(
                 self._http_sockets,
-                query.answer,
+                query,
                 idle_timeout_s=config.http_idle_timeout_s,
                 clock=self._clock,
                 wall_clock=self._wall_clock,
@@ -419,11 +419,7 @@ class StateGateway:
                 "errors": log.errors,
                 "rotations": log.rotations,
             },
-            "http": {
-                "connections": 0 if self._http is None else self._http.connections,
-                "requests": 0 if self._http is None else self._http.requests,
-                "rejected_connections": 0 if self._http is None else self._http.rejected_connections,
-            },
+            "http": counters_document() if self._http is None else self._http.counters(),
             "watch": {
                 "readers": self._watch.readers,
                 "events": self._watch.events,

@@ -10,50 +10,24 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
 import state_metrics as metrics
 from engine_state import FIELDS_JSON, quote_json
+from http_message import Answer, QueryError, Request, error_answer, json_answer
 from state_entry import EndsJson, entry_head, lone_entry_head
 from state_store import LIVE, STALE, StateStore, Visible
 from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 
-JSON_TYPE = "application/json"
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
+METHODS = ("GET", "HEAD", "OPTIONS")
+_ALLOW = f"Allow: {', '.join(METHODS)}"
 LONGEST_INTERVAL_MS = 3_600_000
 MAX_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
 SHARED_MS = 10  # by which the ages of a snapshot that is given to several may be behind
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One response: status, body and the media type of the body."""
-
-    status: int
-    body: bytes
-    content_type: str = JSON_TYPE
-    headers: tuple[str, ...] = ()  # further ones, whole lines
-
-
-class QueryError(Exception):
-    """A question that has no answer; becomes a JSON error with this status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def json_answer(document: object, status: int = 200) -> Answer:
-    """A JSON document, with a newline at its end for those who read it in a terminal."""
-    return Answer(status, json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-
-
-def error_answer(status: int, message: str) -> Answer:
-    """`{"error": message}`."""
-    return json_answer({"error": message}, status)
 
 
 def status_page() -> Answer:
@@ -134,6 +108,23 @@ class Query:
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
         self._shared_key: object = None
         self._shared_ms = 0
+
+    def is_probe(self, request: Request) -> bool:
+        """Whether a request is answered before all others, and also if there is no place for more connections."""
+        route = _BY_PATH.get(request.target.partition("?")[0])
+        return request.method == "OPTIONS" or (route is not None and route.is_probe)
+
+    def respond(self, request: Request) -> Answer | WatchReader:
+        """Answer a request, also one that cannot be answered."""
+        if request.method == "OPTIONS":
+            return Answer(204, b"", headers=(_ALLOW,))
+        if request.method not in METHODS:
+            refusal = error_answer(405, f"this is read-only: {_listed(METHODS)} are answered")
+            return replace(refusal, headers=(_ALLOW,))
+        try:
+            return self.answer(request.target, request.header("last-event-id"))
+        except QueryError as error:
+            return error_answer(error.status, str(error))
 
     def answer(self, target: str, last_event_id: str = "") -> Answer | WatchReader:
         """Answer GET of a request target such as `/engines?status=live`; raises QueryError.
@@ -321,10 +312,17 @@ def parse_query(query: str, route: Route) -> dict[str, list[str]]:
     return parameters
 
 
+_NO_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+
+
 def _decode(text: str) -> str:
     """Percent-decoding, in linear time."""
+    if "%" not in text:
+        return text
+    if _NO_ESCAPE.search(text):  # one by one, they would also be the dearest there is
+        raise QueryError(400, "a % that no two hexadecimal digits follow; a % itself is written %25")
     try:
-        return unquote_to_bytes(text).decode() if "%" in text else text
+        return unquote_to_bytes(text).decode()
     except UnicodeDecodeError:
         raise QueryError(400, "what is percent-encoded is no UTF-8") from None
 

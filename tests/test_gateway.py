@@ -34,7 +34,7 @@ from tests.harness import (
     read_log,
     wait_until,
 )
-from tests.test_query import parse_metrics
+from tests.test_state_query import parse_metrics
 
 LOOPBACK = {"BIND_ADDRESS": "127.0.0.1", "UDP_PORT": 0}
 
@@ -280,7 +280,7 @@ class Threads(GatewayCase):
             ("udp-listener", "udp_listener.UdpListener.step"),
             ("reaper", "state_store.StateStore.sweep"),
             ("state-log", "state_log.LineBuffer.remove_waiting"),
-            ("query-server", "http_server.HttpServer._wait"),
+            ("query-server", "query_server.QueryServer._wait"),
         ):
             with self.subTest(name):
                 dead: list[str] = []
@@ -440,7 +440,7 @@ class FromPython(GatewayCase):
 
     def test_what_cannot_be_made_closes_what_was_opened(self) -> None:
         with (
-            mock.patch("http_server.selectors.DefaultSelector", side_effect=OSError(24, "Too many open files")),
+            mock.patch("query_server.selectors.DefaultSelector", side_effect=OSError(24, "Too many open files")),
             self.assertRaisesRegex(StartError, "Too many open files"),
         ):
             self.get()

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from config import SETTINGS
-from http_server import MAX_CONNECTIONS, RESERVE_CONNECTIONS
+from query_connection import RESERVE_CONNECTIONS
+from query_server import MAX_CONNECTIONS
 from tests.harness import DEADLINE_S, TOP, daemon, datagram, heartbeat
 from tests.test_faults import honest_engines
 

@@ -21,7 +21,9 @@ from unittest import mock
 
 import daemon_log
 import engine_state
-import http_server
+import http_message
+import query_connection
+import query_server
 import state_log
 import state_store
 import state_watch
@@ -120,14 +122,14 @@ class BothLanguages(unittest.TestCase):
                 [engine_state.MAX_NESTING],
                 [state_store.HISTORY_BYTES >> 20],
                 [state_log.BUFFER_BYTES >> 20],
-                [http_server.MAX_CONNECTIONS, http_server.RESERVE_CONNECTIONS],
-                [http_server.MAX_REQUEST_LINE_BYTES],
-                [http_server.MAX_HEAD_BYTES, http_server.MAX_HEADERS],
-                [http_server.REQUEST_DEADLINE_S],
-                [http_server.RESPONSE_DEADLINE_S],
+                [query_server.MAX_CONNECTIONS, query_connection.RESERVE_CONNECTIONS],
+                [http_message.MAX_REQUEST_LINE_BYTES],
+                [http_message.MAX_HEAD_BYTES, http_message.MAX_HEADERS],
+                [query_connection.REQUEST_DEADLINE_S],
+                [query_connection.RESPONSE_DEADLINE_S],
                 [read_config({}).http_idle_timeout_s],
                 [state_watch.MAX_READERS],
-                [http_server.MAX_UNSENT_BYTES >> 20],
+                [query_server.MAX_UNSENT_BYTES >> 20],
                 [daemon_log.QUEUED_LINES],
             ],
         )

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
-from state_query import Query, QueryError
+from http_message import QueryError
+from state_query import Query
 from state_store import NEWS_KEPT_S, StateStore
 from state_watch import (
     COMMENT_INTERVAL_S,
@@ -28,7 +29,7 @@ from state_watch import (
 )
 from tests.event_stream import EventStream, StreamEvent
 from tests.harness import DEADLINE_S, Daemon, FakeClock, ask, batch, daemon, datagram, heartbeat, wait_until
-from tests.test_query import AnyGateway
+from tests.test_state_query import AnyGateway
 
 MAX_LINE_BYTES = 16_000  # of the stream; the contract says 16 kB
 

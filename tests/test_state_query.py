@@ -13,8 +13,9 @@ from urllib.parse import quote
 import state_metrics as metrics
 import state_query
 from engine_state import FIELD_NAMES
+from http_message import Answer, QueryError, Request
 from state_entry import entry
-from state_query import Answer, Query, QueryError
+from state_query import Query
 from state_store import StateStore
 from state_watch import Watch
 from tests.harness import PLACEHOLDERS, FakeClock, batch, datagram, fields
@@ -187,7 +188,8 @@ class Engines(QueryCase):
         for target in (
             "/engines?status=dead", "/engines?status=", "/engines/%ff", "/engines?status=%ff", "/engines?%ff=1",
             "/engines?engine_id=", "/history", "/history?", "/history?engine_id=", "/history?engine_id=a&engine_id=b",
-            "/engines?" + "status=live&" * 2000, "/engines//history",
+            "/engines?" + "status=live&" * 2000, "/engines//history", "/engines/100%", "/engines/%4",
+            "/history?engine_id=%zz",
         ):  # fmt: skip
             with self.subTest(target):
                 self.assert_refused(target, 400)
@@ -233,6 +235,39 @@ class Engines(QueryCase):
             with self.assertRaises(QueryError) as refused:
                 self.query.answer(target)
             self.assertNotIn("<script>", str(refused.exception))
+
+
+class Methods(QueryCase):
+    """Nothing can be changed: GET, HEAD and OPTIONS are answered."""
+
+    def respond(self, method: str, target: str) -> Answer:
+        answer = self.query.respond(Request(method, target, keep_alive=True))
+        assert isinstance(answer, Answer)
+        return answer
+
+    def test_others_are_405_and_told_which_are_not(self) -> None:
+        for method in ("POST", "DELETE", "MADE-UP", "get"):
+            answer = self.respond(method, "/engines")
+            self.assertEqual((answer.status, answer.headers), (405, ("Allow: GET, HEAD, OPTIONS",)))
+            self.assertEqual(list(json.loads(answer.body)), ["error"])
+
+    def test_options_is_204_on_any_path(self) -> None:
+        """As HAProxy's default check asks."""
+        for target in ("/", "*", "/engines", "/nowhere", "/engines?staus=live"):
+            answer = self.respond("OPTIONS", target)
+            self.assertEqual((answer.status, answer.body, answer.headers), (204, b"", ("Allow: GET, HEAD, OPTIONS",)))
+
+    def test_an_error_is_an_answer(self) -> None:
+        self.assertEqual(
+            [self.respond("GET", target).status for target in ("/x", "/history", "/engines")], [404, 400, 200]
+        )
+
+    def test_probes_are_known_as_such(self) -> None:
+        """They are answered before all others, whatever their parameters."""
+        for target in ("/livez", "/health?x=y", "/readyz?"):
+            self.assertTrue(self.query.is_probe(Request("GET", target, keep_alive=True)))
+        for target in ("/", "/engines", "/livez/x", "/engines?/livez"):
+            self.assertFalse(self.query.is_probe(Request("GET", target, keep_alive=True)))
 
 
 class Health(QueryCase):
