@@ -221,12 +221,12 @@ class QueryServer:
     def refuse_new(self) -> None:
         """Let go of the port, and go on answering those who are connected; from any thread, twice is harmless."""
         self._refusing = True
-        self._turn.ring()
+        self._turn.set()
 
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""
         self._stopping = True
-        self._turn.ring()
+        self._turn.set()
 
     def close(self) -> None:
         """Close every socket; only after `run` has returned."""
@@ -266,7 +266,7 @@ class QueryServer:
             if isinstance(key.fileobj, socket.socket) and key.fileobj in self._acceptor.listeners:
                 self._accept(key.fileobj)
             elif key.fileobj is self._turn:
-                self._turn.take()
+                self._turn.clear()
                 if self._refusing:
                     self._acceptor.close()
                     for connection in list(self._streams):

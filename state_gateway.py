@@ -169,7 +169,7 @@ class StateGateway:
             self._store,
             self._log,
             allowed_sources=config.allowed_sources,
-            prompt=self._on_death is None,  # in a router's process
+            low_latency=self._on_death is None,  # in a router's process
             clock=self._clock,
             wall_clock=self._wall_clock,
         )

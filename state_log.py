@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from daemon_log import OncePerMinute
 from log_file import make_log_target
+from log_throttle import LogThrottle
 from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.log")
@@ -69,7 +69,7 @@ class LineBuffer:
     """Lines between the threads that append and the one that writes; bounded, and never waited for."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()  # guards all below; held for a few additions and a swap of lists
         self._waiting: list[Lines] = []
         self._waiting_bytes = 0
@@ -81,7 +81,7 @@ class LineBuffer:
     def append(self, lines: Lines) -> bool:
         """Have them wait, or drop and count them; returns whether it is time to write. From any thread."""
         with self._lock:
-            if self._closed or self._bytes + lines.memory > self.max_bytes:
+            if self._closed or self._bytes + lines.memory > self._max_bytes:
                 self.dropped += lines.states
                 return False
             self._bytes += lines.memory
@@ -116,12 +116,19 @@ class LineBuffer:
 class Trouble:
     """A log that cannot be written: tried again every second, and logged once until it works again."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, buffer_bytes: int, clock: Callable[[], float]) -> None:
+        self._name = name
         self._clock = clock
         self._retry_at = clock()
         self._is_failing = False
         self._is_logged = False
-        self._notice = OncePerMinute(clock)
+        self._notice = LogThrottle(
+            logger,
+            logging.ERROR,
+            f"cannot write the state log, states are still taken: lines wait in a buffer of {buffer_bytes >> 20} MiB,"
+            f" what does not fit is dropped and counted, and it is tried again every second; file={name}",
+            clock=clock,
+        )
 
     def may_try(self) -> bool:
         """Whether it is time to try."""
@@ -131,30 +138,21 @@ class Trouble:
         """Do not wait for the next second."""
         self._retry_at = self._clock()
 
-    def failed(self, name: str, error: OSError, buffer_bytes: int) -> None:
+    def failed(self, error: OSError) -> None:
         """A try has failed."""
         self._retry_at = self._clock() + RETRY_INTERVAL_S
         if not self._is_failing:
             self._is_failing = True
-            if self._notice.add():
-                self._notice.example(str(error))
-        text = None if self._is_logged else self._notice.due()
-        if text is not None:
-            self._is_logged = True
-            logger.error(
-                "cannot write the state log, states are still taken file=%s %s; lines wait in a buffer of %d MiB, what"
-                " does not fit is dropped and counted; it is tried again every second",
-                name,
-                text,
-                buffer_bytes >> 20,
-            )
+            self._notice.record("%s", error)
+        if not self._is_logged:
+            self._is_logged = self._notice.flush()
 
-    def worked(self, name: str, dropped: int) -> None:
-        """A try has worked."""
+    def worked(self, dropped: int) -> None:
+        """A try has worked; so many states were dropped since the start."""
         self._is_failing = False
         if self._is_logged:
             self._is_logged = False
-            logger.warning("writing the state log again file=%s dropped=%d", name, dropped)
+            logger.warning("writing the state log again file=%s dropped=%d", self._name, dropped)
 
 
 class StateLog:
@@ -185,7 +183,7 @@ class StateLog:
         self._unwritten: deque[Lines] = deque()
         self._written = 0
         self._errors = 0
-        self._trouble = Trouble(clock)
+        self._trouble = Trouble(self._target.name, buffer_bytes, clock)
         self.moved_at = clock()  # monotonic
 
     @property
@@ -222,7 +220,7 @@ class StateLog:
         pieces[3::4] = sources
         pieces.append(b"}\n")
         if self._buffer.append(Lines(b"".join(pieces), len(states))):
-            self._wakeup.ring()
+            self._wakeup.set()
 
     def _event(self, event: str, message: str, fields: dict[str, object]) -> Lines:
         document = {"timestamp": self._wall_clock(), "event": event, "message": message, **fields}
@@ -248,7 +246,7 @@ class StateLog:
     def stop(self) -> None:
         """Make `run` write what waits and return; from any thread, twice is harmless."""
         self._stopping = True
-        self._wakeup.ring()
+        self._wakeup.set()
 
     def close(self, event: str, message: str, **fields: object) -> int:
         """Write the last line and close the file; returns how many states had to be given up.
@@ -288,9 +286,9 @@ class StateLog:
         except OSError as error:
             self._errors += 1
             self._take_unfinished_line_back()
-            self._trouble.failed(self._target.name, error, self._buffer.max_bytes)
+            self._trouble.failed(error)
         else:
-            self._trouble.worked(self._target.name, self._buffer.dropped)
+            self._trouble.worked(self._buffer.dropped)
 
     def _write_unwritten(self) -> None:
         while self._unwritten:

@@ -523,4 +523,4 @@ class Reaper:
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""
         self._stopping = True
-        self._turn.ring()
+        self._turn.set()

@@ -9,16 +9,13 @@ import ipaddress
 import logging
 import select
 import socket
-import struct
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import compress
-from typing import cast
+from typing import Any, cast
 
 from config import PREFIX, Network
-from daemon_log import OncePerMinute
 from engine_state import (
     FIELDS_JSON,
     FieldTexts,
@@ -28,37 +25,27 @@ from engine_state import (
     quote_json,
     unquote_json,
 )
+from intake_progress import LOW_LATENCY_DELAY_S, MAX_DELAY_S, Pacing, ReadBarrier, Watermark
+from kernel_drops import KernelDrops
+from log_throttle import LogThrottle
 from sockets import SocketLost, bind_anew, format_address, granted_receive_buffer
 from state_log import StateLog
 from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
-from udp_receiver import BATCH_DATAGRAMS, make_receiver, unpack_address
+from udp_receiver import MAX_BATCH_DATAGRAMS, Receiver, make_receiver, unpack_address
 from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.listener")
 
-BATCHES_A_STEP = 16  # at most, before it is looked at whether to stop
-WAIT_MS = 200  # a silent socket is looked at this often, which shows that the listener moves
+MAX_BATCHES_PER_STEP = 16  # between two checks of the stop flag
+POLL_TIMEOUT_MS = 200  # a silent socket is polled this often, which shows that the listener makes progress
 STOP_DRAIN_S = 1.0  # at stop, what waits in the socket is taken for at most this long
-# A wake-up costs twenty times what taking a datagram does, so that states that come one by one are left to gather:
-# about GATHERED of them, and only where they come faster than RAPID_PER_S; a lone datagram is taken at once. Over HTTP
-# nobody sees that, because an answer has intake catch up; readers of /watch and those in this process do, and for them
-# it is PROMPT_NAP_S at most. 1,000 engines x 5/s, evenly spread, take a fifth of the CPU so.
-RAPID_PER_S = 1000
-GATHERED = 100
-LONGEST_NAP_S = 0.020
-PROMPT_NAP_S = 0.002
-SHORTEST_NAP_S = 0.001  # at 100,000/s naps of 0.2 ms cost a third of all the CPU
-RATE_WINDOW_S = 0.02
-CACHED_SOURCES = 16384
+MAX_CACHED_SOURCES = 16384
 MEND_TIMEOUT_S = 1.0  # for a socket that gives nothing but errors to be good again
 MEND_INTERVAL_S = 0.02
-SMALLEST_CHARGE = 512  # bytes of receive buffer that the kernel charges for the smallest datagram, at least
-LARGEST_CHARGE = 17_408  # the same for the largest that is taken
+MIN_CHARGE_BYTES = 512  # of receive buffer that the kernel charges for the smallest datagram
+MAX_CHARGE_BYTES = 17_408  # the same for the largest that is taken
 
 _REFUSED = b""  # what stands for the source of a sender that is not in ALLOWED_SOURCES
-
-_SO_MEMINFO = 55  # Linux; not in the socket module
-_MEMINFO_DROPS = 8  # index of the u32 that counts what was dropped
 
 
 def is_allowed(host: str, allowed: Sequence[Network]) -> bool:
@@ -67,26 +54,15 @@ def is_allowed(host: str, allowed: Sequence[Network]) -> bool:
     return any(address in network for network in allowed)
 
 
-def gathering_nap_s(rate: float, longest_s: float, room: float) -> float:
-    """How long to let datagrams gather that come at `rate` a second, so that no more than `room` wait in the socket.
-
-    0 where they are not worth waiting for.
-    """
-    if rate < RAPID_PER_S:
-        return 0.0
-    nap_s = min(longest_s, max(SHORTEST_NAP_S, GATHERED / rate), room / rate)
-    return nap_s if nap_s >= SHORTEST_NAP_S else 0.0
-
-
 class _Sources(dict[bytes, bytes]):
-    """Of each socket address its source, `<ip>:<port>` as JSON text, or _REFUSED where it is not in `allowed`."""
+    """The source of each socket address: `<ip>:<port>` as JSON text, or _REFUSED if it is not in `allowed`."""
 
     def __init__(self, allowed: Sequence[Network]) -> None:
         super().__init__()
         self._allowed = allowed
 
     def __missing__(self, address: bytes) -> bytes:
-        if len(self) >= CACHED_SOURCES:
+        if len(self) >= MAX_CACHED_SOURCES:
             self.clear()
         host, port = unpack_address(address)
         allowed = not self._allowed or is_allowed(host, self._allowed)
@@ -94,10 +70,47 @@ class _Sources(dict[bytes, bytes]):
         return source
 
 
+@dataclass
+class _Inlet:
+    """One socket, what it is bound to, and how it is received from."""
+
+    sock: socket.socket
+    name: Any
+    receiver: Receiver
+    failing_since: float | None = None  # monotonic; since when it has given nothing but errors
+
+
+class _Notices:
+    """What the listener says of datagrams that were not taken, and of trouble with the sockets."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        def warn_of(what: str) -> LogThrottle:
+            return LogThrottle(logger, logging.WARNING, what, clock=clock)
+
+        self.invalid = warn_of("rejected invalid datagrams")
+        self.source = warn_of(f"rejected datagrams whose source is not in {PREFIX}ALLOWED_SOURCES")
+        self.capacity = warn_of(f"rejected datagrams of new engines, as many as {PREFIX}MAX_ENGINES being known")
+        self.kernel_drops = warn_of(
+            "the kernel dropped datagrams, its receive buffer being full: give the gateway a core of its own, or raise"
+            f" {PREFIX}RECEIVE_BUFFER and net.core.rmem_max;"
+        )
+        self.errors = warn_of("receiving met errors, and goes on;")
+        self._kernel_drops_noted = 0
+
+    def flush(self, kernel_dropped: int) -> None:
+        """Write the lines that are due; `kernel_dropped` in all."""
+        if kernel_dropped > self._kernel_drops_noted:
+            self.kernel_drops.record(count=kernel_dropped - self._kernel_drops_noted)
+            self._kernel_drops_noted = kernel_dropped
+        for notice in (self.invalid, self.source, self.capacity, self.kernel_drops, self.errors):
+            notice.flush()
+
+
 class UdpListener:
     """Takes datagrams until it is stopped; the gateway gives it its thread.
 
-    `run` and `step` belong to that thread, everything else may be called from any.
+    `run` and `step` belong to that thread, everything else may be called from any. How far it has come, and how long
+    it lets datagrams wait, is in intake_progress.
     """
 
     def __init__(
@@ -107,75 +120,50 @@ class UdpListener:
         log: StateLog | None,
         *,
         allowed_sources: Sequence[Network] = (),
-        prompt: bool = False,
+        low_latency: bool = False,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`prompt`: the store is read without `catch_up`, so that datagrams must not gather for long."""
-        self._sockets = {sock.fileno(): sock for sock in sockets}
-        self._bound = {sock.fileno(): sock.getsockname() for sock in sockets}
-        self._failing_since: float | None = None  # monotonic; since when receiving has met nothing but errors
+        """`low_latency`: the store is read without `catch_up`, so that datagrams must not wait for long."""
+        self._inlets = {sock.fileno(): _Inlet(sock, sock.getsockname(), make_receiver(sock)) for sock in sockets}
         self._store = store
         self._log = log
-        self._receivers = {sock.fileno(): make_receiver(sock) for sock in sockets}
         self._sources = _Sources(tuple(allowed_sources))
-        self._prompt = prompt
+        self._low_latency = low_latency
         self._clock = clock
         self._wall_clock = wall_clock
         self._stopping = False
-        self._turn = WakeUp()  # to stop, and to catch up
+        self._wakeup = WakeUp()  # to stop, and for a reader that waits
         self._poll = select.poll()
-        self._poll.register(self._turn, select.POLLIN)
+        self._poll.register(self._wakeup, select.POLLIN)
         for sock in sockets:
             self._poll.register(sock, select.POLLIN)
-        # What a full receive buffer can hold at most: after so many datagrams, all that waited before has been taken.
+        self._barrier = ReadBarrier(sockets, self._wakeup)
         granted = [granted_receive_buffer(sock) * 2 for sock in sockets]
-        self._buffered_at_most = 1 + sum(granted) // SMALLEST_CHARGE
-        self._room = min(granted) / 4 / LARGEST_CHARGE  # datagrams that may gather: a quarter of what certainly fits
-        self._taken_without_pause = 0
-        self._pause_ended_at = clock()
-        self._taking = False  # whether there may be datagrams that have left the socket and are not in the store yet
-        # When `catch_up` was asked for last and the same once all that had arrived by then is taken, each replaced as a
-        # whole by one thread; what ends its waiting; and a poll of its own, because two threads cannot wait on one.
-        self._question = self._answered = (float("-inf"),)
-        self._caught_up = WakeUp()
-        self._arrived = select.poll()
-        for sock in sockets:
-            self._arrived.register(sock, select.POLLIN)
-        self._notices = {
-            "rejected invalid datagrams": OncePerMinute(clock),
-            f"rejected datagrams whose source is not in {PREFIX}ALLOWED_SOURCES": OncePerMinute(clock),
-            f"rejected datagrams of new engines, as many as {PREFIX}MAX_ENGINES being known": OncePerMinute(clock),
-            "the kernel dropped datagrams, its receive buffer being full: give the gateway a core of its own, or raise"
-            f" {PREFIX}RECEIVE_BUFFER and net.core.rmem_max;": OncePerMinute(clock),
-            "receiving met errors, and goes on;": OncePerMinute(clock),
-        }
-        self._invalid, self._source, self._capacity, self._by_kernel, self._by_error = self._notices.values()
-        self._say_at = clock()
-        self._drops_noted = 0
-        self._drops_lock = threading.Lock()  # guards the two below, which any reader of the counter moves on
-        self._drops_seen = dict.fromkeys(self._sockets, 0)
-        self._drops = 0
+        self._watermark = Watermark(1 + sum(granted) // MIN_CHARGE_BYTES, clock())
+        self._pacing = Pacing(min(granted) / 4 / MAX_CHARGE_BYTES, clock())  # a quarter of what certainly fits
+        self._drops = KernelDrops(sockets)
+        self._notices = _Notices(clock)
         self.moved_at = clock()  # monotonic; written by the listener's thread only
 
     def run(self) -> None:
         """Take datagrams until `stop` is called, and then what waits in the socket."""
-        nap_s, counted, counted_from = 0.0, 0, self._clock()
+        flush_at = self._clock()
         while not self._stopping:
-            taken = self.step(WAIT_MS if self._answered is self._question else 0)
-            counted += taken
+            taken = self.step(0 if self._barrier.is_requested else POLL_TIMEOUT_MS)
             now = self._clock()
-            if now - counted_from >= RATE_WINDOW_S:
-                longest_s = PROMPT_NAP_S if self._prompt or self._store.has_subscriber else LONGEST_NAP_S
-                nap_s = gathering_nap_s(counted / (now - counted_from), longest_s, self._room)
-                counted, counted_from = 0, now
+            longest_s = LOW_LATENCY_DELAY_S if self._low_latency or self._store.has_subscriber else MAX_DELAY_S
+            delay_s = self._pacing.delay_s(taken, now, longest_s)
             # More than a batch is a socket that has been filling up meanwhile.
-            if nap_s and taken < BATCH_DATAGRAMS and self._answered is self._question:
-                self._turn.wait(nap_s)
+            if delay_s and taken < MAX_BATCH_DATAGRAMS and not self._barrier.is_requested:
+                self._wakeup.wait(delay_s)
+            if now >= flush_at:
+                flush_at = now + 1.0  # so that no count stays unsaid
+                self.flush_notices()
         deadline = self._clock() + STOP_DRAIN_S
         while self.step(0) and self._clock() < deadline:
             pass
-        self._say()
+        self.flush_notices()
 
     def step(self, wait_ms: int) -> int:
         """Wait for datagrams, for `wait_ms` at most, and take what waits then; returns how many it was.
@@ -183,97 +171,72 @@ class UdpListener:
         It takes batch after batch without waiting in between: a wait gives the interpreter's lock away, and beside a
         CPU-bound thread that costs 5 ms.
         """
-        looked_at = self.moved_at = self._clock()
-        taken = 0
-        emptied, failed = True, False
+        barrier = self._barrier
+        ticket = barrier.ticket()
+        began_at = self._clock()
         ready = self._poll.poll(wait_ms)
-        self._taking = True
+        self.moved_at = self._clock()
+        taken, emptied = 0, True
+        barrier.begin()
         for fd, _ in ready:
-            receiver = self._receivers.get(fd)
-            if receiver is None:
-                self._turn.take()
+            inlet = self._inlets.get(fd)
+            if inlet is None:
+                self._wakeup.clear()
                 continue
-            for _ in range(BATCHES_A_STEP):
-                self.moved_at = self._clock()
-                try:
-                    datagrams, addresses = receiver.receive()
-                except OSError as error:
-                    emptied, failed = False, True
-                    self._mend(fd, error)
-                    break
-                if datagrams:
-                    taken += len(datagrams)
-                    self._take(datagrams, addresses)
-                if len(datagrams) < BATCH_DATAGRAMS:
-                    break
-            else:
-                emptied = False
-        self._taking = False
-        if not failed:
-            self._failing_since = None
-        self._say_how_far(emptied, looked_at, taken)
-        question = self._question
-        if question is not self._answered and emptied and looked_at >= question[0]:
-            self._answered = question
-            self._caught_up.ring()
-        if looked_at >= self._say_at:
-            self._say()
+            from_it, it_is_empty = self._empty(inlet)
+            taken += from_it
+            emptied &= it_is_empty
+        barrier.end(ticket, emptied=emptied)
+        if self._watermark.advance(began_at, taken, emptied=emptied):
+            self._store.advance_watermark(self._watermark.at)
         return taken
 
-    def _mend(self, fd: int, error: OSError) -> None:
+    def _empty(self, inlet: _Inlet) -> tuple[int, bool]:
+        """Take what waits in a socket, MAX_BATCHES_PER_STEP at most; returns how many, and whether it is empty now."""
+        taken = 0
+        for _ in range(MAX_BATCHES_PER_STEP):
+            self.moved_at = self._clock()
+            try:
+                datagrams, addresses = inlet.receiver.receive()
+            except OSError as error:
+                self._mend(inlet, error)
+                return taken, False
+            if datagrams:
+                taken += len(datagrams)
+                self._take(datagrams, addresses)
+            if len(datagrams) < MAX_BATCH_DATAGRAMS:
+                inlet.failing_since = None
+                return taken, True
+        return taken, False
+
+    def _mend(self, inlet: _Inlet, error: OSError) -> None:
         """Go on after an error of receiving; raises SocketLost if it lasts for MEND_TIMEOUT_S.
 
         A socket that was destroyed (`ss -K`) has told so by an error, and may have lost its port. Any other is left as
         it is, for what waits in it.
         """
         now = time.monotonic()
-        if self._failing_since is None:
-            self._failing_since = now
-        sock, name = self._sockets[fd], self._bound[fd]
+        if inlet.failing_since is None:
+            inlet.failing_since = now
         try:
-            if sock.getsockname() != name:
-                self.kernel_dropped()
-                with self._drops_lock:
-                    bind_anew(sock, name)
-                    self._drops_seen[fd] = 0
+            if inlet.sock.getsockname() != inlet.name:
+                self._drops.total()
+                bind_anew(inlet.sock, inlet.name)
+                self._drops.forget(inlet.sock)
+                inlet.failing_since = None
         except OSError as failed:
             error = failed
-        if now - self._failing_since > MEND_TIMEOUT_S:
-            raise SocketLost("UDP", name, error) from error
-        if self._by_error.add():
-            self._by_error.example(f"UDP {format_address(*name[:2])}: {error.strerror}")
-        self._turn.wait(MEND_INTERVAL_S)
+        if inlet.failing_since is not None and now - inlet.failing_since > MEND_TIMEOUT_S:
+            raise SocketLost("UDP", inlet.name, error) from error
+        self._notices.errors.record("UDP %s: %s", format_address(*inlet.name[:2]), error.strerror)
+        self._wakeup.wait(MEND_INTERVAL_S)
 
-    def catch_up(self, patience_s: float) -> None:
-        """Have all taken that has arrived by now, and wait for that, for so long at most; for one other thread.
+    def catch_up(self, timeout_s: float) -> None:
+        """Return once everything that has arrived by now is taken, or after `timeout_s`; for one other thread.
 
-        Once it is told to stop, nobody waits for it any more.
+        Once the listener is told to stop, nobody waits for it any more.
         """
-        if self._has_taken_all() or self._stopping:
-            return
-        self._question = question = (self._clock(),)
-        self._turn.ring()
-        # Once more, because a listener that did not see the question yet may have gone to wait for what comes next.
-        if self._has_taken_all():
-            return
-        give_up_at = time.monotonic() + patience_s
-        while self._answered is not question and (left_s := give_up_at - time.monotonic()) > 0:
-            self._caught_up.wait(left_s)  # it may have been rung for an earlier question
-
-    def _has_taken_all(self) -> bool:
-        # In this order: what has left the socket is being taken from before it leaves it.
-        return not self._arrived.poll(0) and not self._taking
-
-    def _say_how_far(self, all_taken: bool, looked_at: float, taken: int) -> None:
-        self._taken_without_pause += taken
-        if all_taken:
-            self._store.advance_watermark(looked_at)
-        elif self._taken_without_pause > self._buffered_at_most:
-            self._store.advance_watermark(self._pause_ended_at)
-        else:
-            return
-        self._taken_without_pause = 0
-        self._pause_ended_at = looked_at
+        self._barrier.wait(timeout_s)
 
     def _take(self, datagrams: list[bytes], addresses: Sequence[bytes]) -> None:
         batch = Batch(self._clock(), self._wall_clock())
@@ -299,18 +262,18 @@ class UdpListener:
         self, batch: Batch, datagrams: list[bytes], addresses: Sequence[bytes]
     ) -> tuple[list[bytes], list[bytes]]:
         """The datagrams whose senders are in ALLOWED_SOURCES, and their sources; the others are counted."""
-        taken, sources = [], []
-        debug = logger.isEnabledFor(logging.DEBUG)
+        taken, sources, refused = [], [], []
         for datagram, address in zip(datagrams, addresses, strict=True):
             source = self._sources[address]
-            if source is not _REFUSED:
+            if source is _REFUSED:
+                refused.append(address)
+            else:
                 taken.append(datagram)
                 sources.append(source)
-                continue
-            batch.rejected_source += 1
-            if self._source.add():
-                self._source.example(format_address(*unpack_address(address)))
-            if debug:
+        batch.rejected_source += len(refused)
+        self._notices.source.record("%s", format_address(*unpack_address(refused[0])), count=len(refused))
+        if logger.isEnabledFor(logging.DEBUG):
+            for address in refused:
                 logger.debug("datagram rejected_source source=%s", format_address(*unpack_address(address)))
         return taken, sources
 
@@ -327,8 +290,7 @@ class UdpListener:
                     fields = parse_datagram(datagram).texts()
                 except InvalidDatagram as error:
                     batch.invalid.append(error.reason)
-                    if self._invalid.add():
-                        self._invalid.example(f"{error} bytes={len(datagram)} source={unquote_json(source)}")
+                    self._notices.invalid.record("%s bytes=%d source=%s", error, len(datagram), source)
                     if debug:
                         logger.debug("datagram invalid reason=%s source=%s", error, unquote_json(source))
                     continue
@@ -340,54 +302,36 @@ class UdpListener:
 
     def _note(self, batch: Batch, outcomes: list[str]) -> None:
         if REJECTED_CAPACITY in outcomes:
-            for number, outcome in enumerate(outcomes):
-                if outcome is REJECTED_CAPACITY and self._capacity.add():
-                    self._capacity.example(_who(batch, number))
+            for (quoted_id, *_), source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
+                if outcome is REJECTED_CAPACITY:
+                    self._notices.capacity.record("engine_id=%r source=%s", quoted_id, source)
         if logger.isEnabledFor(logging.DEBUG):
             for number, outcome in enumerate(outcomes):
                 logger.debug("datagram %s %s", outcome, _who(batch, number))
 
-    def _say(self) -> None:
-        """Say what there is to say of rejected datagrams; once a second, so that no count stays unsaid."""
-        self._say_at = self._clock() + 1.0
-        dropped = self.kernel_dropped() or 0
-        if dropped > self._drops_noted:
-            self._by_kernel.add(dropped - self._drops_noted)
-            self._drops_noted = dropped
-        for what, notice in self._notices.items():
-            said = notice.due()
-            if said is not None:
-                logger.warning("%s %s", what, said)
+    def flush_notices(self) -> None:
+        """Write the lines of the log that are due; for the listener's thread."""
+        self._notices.flush(self._drops.total() or 0)
 
     def kernel_dropped(self) -> int | None:
-        """Datagrams that the kernel dropped for want of buffer, by the sockets' own account; None where it has none."""
-        if sys.platform != "linux":
-            return None
-        with self._drops_lock:
-            for fd, sock in self._sockets.items():
-                try:
-                    meminfo = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 36)
-                except OSError:
-                    continue  # closed: what was counted last stays
-                drops = struct.unpack("=9I", meminfo)[_MEMINFO_DROPS]
-                self._drops += (drops - self._drops_seen[fd]) & 0xFFFFFFFF  # a u32 that wraps around
-                self._drops_seen[fd] = drops
-            return self._drops
+        """Datagrams that the kernel dropped because its buffer was full; None if it keeps no account."""
+        return self._drops.total()
 
     def stop(self) -> None:
         """Make `run` take what waits and return; from any thread, twice is harmless."""
         self._stopping = True
-        self._turn.ring()
+        self._barrier.close()
+        self._wakeup.set()
 
     def close(self) -> None:
         """Close the sockets; only after `run` has returned."""
-        self.kernel_dropped()
+        self._drops.total()
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the descriptors and nothing else, in a forked child."""
-        for sock in self._sockets.values():
-            sock.close()
+        """Close the descriptors and do nothing else."""
+        for inlet in self._inlets.values():
+            inlet.sock.close()
 
 
 def _who(batch: Batch, number: int) -> str:

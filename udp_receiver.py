@@ -21,16 +21,16 @@ except ImportError:  # a Python that was built without it
 
 from engine_state import MAX_DATAGRAM_BYTES
 
-BATCH_DATAGRAMS = 128  # at most between two looks at the clock; the store's lock is held for 0.3 ms at most
-_ROOM = MAX_DATAGRAM_BYTES + 1  # one more, so that a longer datagram is seen to be longer
-_APART = MAX_DATAGRAM_BYTES + 320  # bytes: at a power of two they would push each other out of the processor's cache
+MAX_BATCH_DATAGRAMS = 128  # the store's lock is held for 0.3 ms at most
+_SLOT_BYTES = MAX_DATAGRAM_BYTES + 1  # one more, so that a longer datagram is seen to be longer
+_STRIDE = MAX_DATAGRAM_BYTES + 320  # bytes: at a power of two they would push each other out of the processor's cache
 
 
 class Receiver(Protocol):
     """Takes datagrams from one socket; for one thread."""
 
     def receive(self) -> tuple[list[bytes], Sequence[bytes]]:
-        """Up to BATCH_DATAGRAMS that wait in the socket, without waiting; fewer only where no more wait.
+        """Up to MAX_BATCH_DATAGRAMS that wait in the socket, without waiting; fewer only where no more wait.
 
         What was sent, and for each datagram the sender's socket address as the kernel writes it.
         """
@@ -58,8 +58,8 @@ class PortableReceiver:
         addresses: list[bytes] = []
         recvfrom, pack = self._recvfrom, self._pack
         try:
-            for _ in range(BATCH_DATAGRAMS):
-                datagram, address = recvfrom(_ROOM)
+            for _ in range(MAX_BATCH_DATAGRAMS):
+                datagram, address = recvfrom(_SLOT_BYTES)
                 datagrams.append(datagram)
                 addresses.append(pack(address))
         except BlockingIOError:
@@ -104,24 +104,24 @@ class BatchReceiver:
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        count = BATCH_DATAGRAMS
+        count = MAX_BATCH_DATAGRAMS
         self._fd = sock.fileno()
         self._recvmmsg = ctypes.PyDLL(None, use_errno=True).recvmmsg
         self._recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
         name_size = 28 if sock.family == socket.AF_INET6 else 16
         # The kernel writes into these; they live as long as the receiver does.
-        self._data = (ctypes.c_char * (count * _APART))()
+        self._data = (ctypes.c_char * (count * _STRIDE))()
         self._names = (ctypes.c_char * (count * name_size))()
         self._iovs = (_IoVec * count)()
         self._messages = (_MMsgHdr * count)()
         for number in range(count):
-            self._iovs[number] = _IoVec(ctypes.addressof(self._data) + number * _APART, _ROOM)
+            self._iovs[number] = _IoVec(ctypes.addressof(self._data) + number * _STRIDE, _SLOT_BYTES)
             header = self._messages[number].header
             header.name = ctypes.addressof(self._names) + number * name_size
             header.name_length = name_size
             header.iov = ctypes.addressof(self._iovs[number])
             header.iov_length = 1
-        self._starts = range(0, count * _APART, _APART)
+        self._starts = range(0, count * _STRIDE, _STRIDE)
         self._unpack_names = [struct.Struct(f"{name_size}s" * number).unpack_from for number in range(count + 1)]
         self._address = ctypes.addressof(self._messages)
         words = ctypes.sizeof(_MMsgHdr) // 4
@@ -133,7 +133,7 @@ class BatchReceiver:
 
     def receive(self) -> tuple[list[bytes], Sequence[bytes]]:
         """See Receiver; raises OSError where the socket is no more."""
-        while (count := self._recvmmsg(self._fd, self._address, BATCH_DATAGRAMS, socket.MSG_DONTWAIT, None)) < 0:
+        while (count := self._recvmmsg(self._fd, self._address, MAX_BATCH_DATAGRAMS, socket.MSG_DONTWAIT, None)) < 0:
             number = ctypes.get_errno()
             if number == errno.EAGAIN:
                 return [], ()

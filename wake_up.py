@@ -28,22 +28,22 @@ class WakeUp:
             os.close(descriptor)
 
     def fileno(self) -> int:
-        """What is readable once it has been rung, for one who waits for other things too, and then calls `take`."""
+        """What is readable once it is set, for one who waits for other things too, and then calls `clear`."""
         return self._reader
 
-    def take(self) -> None:
-        """Take the rings that there are, so that they end no further waiting."""
+    def clear(self) -> None:
+        """Forget that it was set, so that the next `wait` waits."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 4096)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for so long, in whole milliseconds and at least one; returns whether `ring` ended it."""
-        rung = bool(self._poll.poll(max(1, timeout_s * 1000)))
-        if rung:
-            self.take()
-        return rung
+        """Wait until it is set, and clear it; False after `timeout_s`, in whole milliseconds and at least one."""
+        is_set = bool(self._poll.poll(max(1, timeout_s * 1000)))
+        if is_set:
+            self.clear()
+        return is_set
 
-    def ring(self) -> None:
-        """End the waiting, or the next one where nobody waits; from any thread, and from a signal handler."""
-        with contextlib.suppress(BlockingIOError):  # it has been rung so often that the pipe is full
+    def set(self) -> None:
+        """End the waiting, or the next one if nobody waits; from any thread, and from a signal handler."""
+        with contextlib.suppress(BlockingIOError):  # it has been set so often that the pipe is full
             os.write(self._writer, b"x")

@@ -193,6 +193,7 @@ class Fuzz(unittest.TestCase):
     def take_all(self, listener: UdpListener, log: StateLog) -> None:
         while listener.step(0):
             pass
+        listener.flush_notices()
         log.step()
 
     def test_the_whole_way_through_the_socket(self) -> None:
@@ -201,8 +202,9 @@ class Fuzz(unittest.TestCase):
             path = Path(folder) / "states.jsonl"
             store, log = StateStore(2000, 6000, 30, 10), StateLog(str(path), 0, 1)
             log.open("gateway_started", "network mode: unicast, fuzz")
-            listener = UdpListener(open_udp_sockets("127.0.0.1", 0, 8 << 20), store, log)
-            address = ("127.0.0.1", next(iter(listener._sockets.values())).getsockname()[1])
+            sockets = open_udp_sockets("127.0.0.1", 0, 8 << 20)
+            listener = UdpListener(sockets, store, log)
+            address = ("127.0.0.1", sockets[0].getsockname()[1])
             with (
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
                 self.assertLogs("elrar.listener", "WARNING") as logged,

@@ -12,43 +12,43 @@ from wake_up import WakeUp
 
 
 class Waiting(unittest.TestCase):
-    """`ring` ends the waiting, whichever of the two comes first; nothing else does but the time."""
+    """`set` ends the waiting, whichever of the two comes first; nothing else does but the time."""
 
-    def test_without_a_ring_it_is_waited_for_the_time(self) -> None:
+    def test_wait_ends_with_the_time(self) -> None:
         self.assertFalse(WakeUp().wait(0.0))
 
-    def test_a_ring_before_ends_the_next_waiting_and_no_other(self) -> None:
+    def test_set_before_ends_the_next_wait_only(self) -> None:
         wake_up = WakeUp()
-        wake_up.ring()
-        wake_up.ring()
+        wake_up.set()
+        wake_up.set()
         self.assertTrue(wake_up.wait(DEADLINE_S))
         self.assertFalse(wake_up.wait(0.001))
 
-    def test_a_ring_meanwhile_ends_it(self) -> None:
+    def test_set_meanwhile_ends_the_wait(self) -> None:
         wake_up, ended = WakeUp(), []
         waiting = threading.Thread(target=lambda: ended.append(wake_up.wait(DEADLINE_S)))
         waiting.start()
-        wake_up.ring()
+        wake_up.set()
         waiting.join()
         self.assertEqual(ended, [True])
 
-    def test_it_can_be_waited_for_together_with_other_things(self) -> None:
+    def test_can_be_polled_with_others(self) -> None:
         wake_up, poll = WakeUp(), select.poll()
         poll.register(wake_up, select.POLLIN)
         self.assertEqual(poll.poll(0), [])
-        wake_up.ring()
+        wake_up.set()
         self.assertEqual(poll.poll(0), [(wake_up.fileno(), select.POLLIN)])
-        wake_up.take()
+        wake_up.clear()
         self.assertEqual(poll.poll(0), [])
-        wake_up.take()  # nothing is there, and nobody waits
+        wake_up.clear()  # nothing is there, and nobody waits
 
-    def test_ringing_never_waits(self) -> None:
+    def test_set_never_blocks(self) -> None:
         wake_up = WakeUp()
         for _ in range(100_000):  # more than a pipe holds
-            wake_up.ring()
+            wake_up.set()
         self.assertTrue(wake_up.wait(DEADLINE_S))
 
-    def test_its_descriptors_go_with_it(self) -> None:
+    def test_descriptors_are_closed_with_it(self) -> None:
         wake_up = WakeUp()
         descriptors = wake_up._descriptors
         del wake_up
