@@ -32,27 +32,40 @@ Run as a program, `python3 engine_table.py http://gateway:9999` shows the fleet 
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import http.client
+import io
 import ipaddress
 import json
 import logging
 import math
 import os
+import queue
 import random
 import re
+import select
+import shutil
+import signal
 import socket
 import ssl
 import statistics
+import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
 import weakref
 from collections.abc import AsyncIterator, Callable, Container, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
+
+try:
+    import termios
+except ImportError:  # Windows: the table works, the live view does not
+    termios = None  # type: ignore[assignment]
 
 __all__ = ["EngineTable", "Entry", "EventStream", "GatewayStatus", "StreamError"]
 
@@ -704,14 +717,16 @@ class _Follower:
             if self._stop.is_set():
                 return
             self._stamps.ask(clock())
-            self._ask(connection)
+            resumes = self._resumes
+            last_event_id = self._stream.last_event_id if resumes else ""
+            self._name.ask(connection, "/watch", "text/event-stream", last_event_id)
             try:
                 response = connection.getresponse()
             except TimeoutError:
                 raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s") from None
             self._check(response)
-            resumes, self._resumes = self._resumes, False  # until something came that can be used
-            self._stream = EventStream(last_event_id=self._stream.last_event_id if resumes else "")
+            self._resumes = False  # until something came that can be used
+            self._stream = EventStream(last_event_id=last_event_id)
             self._read(sock, response, resumes)
         except UnicodeEncodeError as error:
             raise _Refused(f"the request cannot be written: {error}") from None
@@ -721,40 +736,13 @@ class _Follower:
             sock.close()
 
     def _connect(self) -> socket.socket:
-        url, address = self._name.url, self.gateway.address
         self.failed_to_connect = True
-        # Asked with the address, because getaddrinfo alone knows the scope of a link-local one.
-        info = socket.getaddrinfo(address, url.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        sock = self._socket = socket.socket(info[0][0], socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.settimeout(CONNECT_TIMEOUT_S)
-            try:
-                sock.connect(info[0][4])
-                if url.secure:
-                    sock = self._name.ssl_context.wrap_socket(sock, server_hostname=url.host)
-            except TimeoutError:
-                raise TimeoutError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
-            sock.settimeout(ANSWER_TIMEOUT_S)
-        except BaseException:
-            sock.close()
-            raise
+        sock = self._name.connect(self.gateway.address, self._set_socket)
         self.failed_to_connect = False
         return sock
 
-    def _ask(self, connection: http.client.HTTPConnection) -> None:
-        connection.putrequest("GET", self._name.url.path + "/watch", skip_accept_encoding=True)
-        connection.putheader("Accept", "text/event-stream")
-        connection.putheader("Accept-Encoding", "identity")
-        connection.putheader("Cache-Control", "no-cache")
-        connection.putheader("User-Agent", "engine_table")
-        token = self._table._token()
-        if token:
-            connection.putheader("Authorization", f"Bearer {token}")
-        if self._resumes:
-            connection.putheader("Last-Event-ID", self._stream.last_event_id.encode())
-        connection.endheaders()
+    def _set_socket(self, sock: socket.socket) -> None:
+        self._socket = sock
 
     def _check(self, response: http.client.HTTPResponse) -> None:
         """Raise _Refused where the answer is no event stream, saying what it is and what to do."""
@@ -906,6 +894,59 @@ class _Name:
         if self.url.secure:
             return http.client.HTTPSConnection(self.url.host, self.url.port, context=self.ssl_context)
         return http.client.HTTPConnection(self.url.host, self.url.port)
+
+    def connect(self, address: str, began: Callable[[socket.socket], None] = lambda sock: None) -> socket.socket:
+        """A connection to one of its addresses; `began` gets the socket before it waits. Raises OSError."""
+        # Asked with the address, because getaddrinfo alone knows the scope of a link-local one.
+        info = socket.getaddrinfo(address, self.url.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        sock = socket.socket(info[0][0], socket.SOCK_STREAM)
+        try:
+            began(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(CONNECT_TIMEOUT_S)
+            try:
+                sock.connect(info[0][4])
+                if self.url.secure:
+                    sock = self.ssl_context.wrap_socket(sock, server_hostname=self.url.host)
+            except TimeoutError:
+                raise TimeoutError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
+            sock.settimeout(ANSWER_TIMEOUT_S)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def ask(self, connection: http.client.HTTPConnection, path: str, accept: str, last_event_id: str = "") -> None:
+        """Send a request."""
+        connection.putrequest("GET", self.url.path + path, skip_accept_encoding=True)
+        connection.putheader("Accept", accept)
+        connection.putheader("Accept-Encoding", "identity")
+        connection.putheader("Cache-Control", "no-cache")
+        connection.putheader("User-Agent", "engine_table")
+        token = self._table._token()
+        if token:
+            connection.putheader("Authorization", f"Bearer {token}")
+        if last_event_id:
+            connection.putheader("Last-Event-ID", last_event_id.encode())
+        connection.endheaders()
+
+    def document(self, path: str) -> Any:
+        """A JSON document of the first gateway of this name that is followed, or None."""
+        with self._lock:
+            addresses = [follower.gateway.address for follower in self._followers if follower.gateway.connected]
+        if not addresses:
+            return None
+        connection = self.connection()
+        try:
+            connection.sock = self.connect(addresses[0])
+            self.ask(connection, path, "application/json")
+            response = connection.getresponse()
+            return _parse_json(response.read(MAX_EVENT_CHARS).decode()) if response.status == 200 else None
+        except (OSError, http.client.HTTPException, ValueError, _Refused):
+            return None
+        finally:
+            connection.close()
 
     def start(self) -> None:
         """Begin to follow."""
@@ -1594,3 +1635,715 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+# -- the program -------------------------------------------------------------------------------------------------------
+
+USUAL_WIDTH, USUAL_HEIGHT = 80, 24
+LEAST_ENGINE_WIDTH = 16
+WRONG_S = 60.0  # for how long what a gateway lost is shown
+KEYS_HELP = {
+    "q, Ctrl-C": "quit",
+    "< >, left, right": "sort by the column before or after",
+    "r": "reverse the order",
+    "/": "filter by words in id, status, phase, mode and extra; Enter keeps it, Esc ends it",
+    "up, down, PgUp, PgDn, Home, End": "select an engine",
+    "Enter": "all that is known of it, and back",
+    "p": "pause",
+    "h": "this help, and back",
+}
+
+Styled = tuple[str, str]  # a text and its style: "", bold, reverse, dim, green, yellow, red
+
+
+def _printable(text: str) -> str:
+    """A stranger's text as it can do no harm to a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _cell_width(text: str) -> int:
+    """The columns that a text takes in a terminal."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) != 0 for character in text)
+
+
+def _fit(text: str, width: int, *, right: bool = False) -> str:
+    """A text in exactly so many columns; of what is too long the end is shown, where engines differ."""
+    taken = _cell_width(text)
+    if taken > width:
+        while _cell_width(text) > width - 1:
+            text = text[1:]
+        text = "~" + text
+        taken = _cell_width(text)
+    return " " * (width - taken) + text if right else text + " " * (width - taken)
+
+
+def _age(ms: int) -> str:
+    if ms < 10_000:
+        return f"{ms}ms"
+    seconds = ms // 1000
+    for unit, size in (("s", 1), ("m", 60), ("h", 3600)):
+        if seconds < 600 * size or unit == "h":
+            return f"{seconds // size}{unit}"
+    return ""
+
+
+def _number(value: float) -> str:
+    """A number in six columns at most."""
+    if value < 10_000:
+        return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+    for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15)):
+        if value < 1000 * size:
+            return f"{value / size:.1f}{unit}"
+    return "many"
+
+
+def _kv_used(entry: Entry) -> float | None:
+    """The part of the KV cache that is in use, 0 to 1; None where it is not known."""
+    total, free = entry.kv_cache_total_blocks, entry.kv_cache_free_blocks
+    return None if total <= 0 or free < 0 else max(0.0, 1 - free / total)
+
+
+def _load(entry: Entry, value: float | None) -> float | None:
+    return value if entry.load_known else None
+
+
+def _extra(name: str) -> Callable[[Entry], Any]:
+    return lambda entry: entry.extra.get(name)
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    width: int
+    value: Callable[[Entry], Any]  # what it is sorted by; None = not known, at the end whatever the direction
+    text: Callable[[Any], str] = str
+    right: bool = True
+    descends: bool = True  # when it is chosen
+
+
+# From the left; those that do not fit are left out from the right.
+_COLUMNS = (
+    _Column("ENGINE", LEAST_ENGINE_WIDTH, lambda e: e.engine_id, _printable, right=False, descends=False),
+    _Column("STATUS", 7, lambda e: e.status, lambda status: status[:7], right=False),
+    _Column("AGE", 6, lambda e: e.age_ms, _age),
+    _Column(
+        "WORK", 7, lambda e: e.seconds_of_work, lambda work: f"{work:.2f}s" if work < 1000 else _number(work) + "s"
+    ),
+    _Column("PENDING", 8, lambda e: _load(e, e.pending_tokens_total), _number),
+    _Column("KV", 4, lambda e: _load(e, _kv_used(e)), lambda used: f"{100 * used:.0f}%"),
+    _Column("LATENCY", 8, lambda e: _load(e, e.latency_pred_ms), lambda ms: _number(ms) + "ms"),
+    _Column("TOK/S", 6, lambda e: _load(e, e.engine_capacity or None), _number),
+    _Column("LOAD AGE", 9, lambda e: e.state_age_ms, _age),
+    _Column("PHASE", 9, lambda e: e.phase, _printable, right=False, descends=False),
+    _Column("RUN", 5, _extra("num_requests_running"), str),
+    _Column("WAIT", 5, _extra("num_requests_waiting"), str),
+    _Column("LOST", 6, lambda e: e.lost, _number),
+    _Column("RESTARTS", 9, lambda e: e.restarts, _number),
+    _Column("MODEL", 20, _extra("model"), lambda model: _printable(str(model)), right=False, descends=False),
+    _Column("MODE", 20, lambda e: e.scheduling_mode if e.load_known else None, _printable, right=False),
+)
+_FIRST_SORT = 3
+_STATUS_STYLES = {LIVE: "", STALE: "yellow", UNAVAILABLE: "dim"}
+
+
+def _columns_that_fit(width: int) -> tuple[_Column, ...]:
+    count, taken = 1, _COLUMNS[0].width
+    for column in _COLUMNS[1:]:
+        # The engine's id has 22 columns before a ninth column is shown, and 40 before a twelfth.
+        spare = 6 if count >= 8 else 0
+        if taken + 1 + column.width + spare > width:
+            break
+        taken += 1 + column.width
+        count += 1
+    return _COLUMNS[:count]
+
+
+# Counters of /stats that say of a loss, and the words for them.
+_LOSSES = {
+    "kernel_dropped": "datagrams dropped by the kernel",
+    "invalid_states": "invalid",
+    "rejected_signature": "rejected: signature",
+    "rejected_source": "rejected: source",
+    "rejected_capacity": "rejected: capacity",
+    "log.dropped": "log lines dropped",
+    "log.errors": "log errors",
+}
+
+
+class _Gauge:
+    """What gateways say of themselves at /stats, asked every two seconds in a thread of its own."""
+
+    INTERVAL_S = 2.0
+
+    def __init__(self, table: EngineTable) -> None:
+        self._table = table
+        self._lock = threading.Lock()  # guards the samples
+        self._samples: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine-table stats", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            for name in self._table._names:
+                stats = name.document("/stats")
+                if isinstance(stats, dict):
+                    self.add(name.url.text, time.monotonic(), stats)
+            self._stop.wait(self.INTERVAL_S)
+
+    def add(self, url: str, now: float, stats: dict[str, Any]) -> None:
+        """Take what a gateway said; another instance begins anew."""
+        with self._lock:
+            samples = self._samples.setdefault(url, [])
+            if samples and samples[-1][1].get("instance") != stats.get("instance"):
+                samples.clear()
+            samples.append((now, stats))
+            while len(samples) > 2 and now - samples[1][0] > WRONG_S:
+                del samples[0]
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    @staticmethod
+    def _count(stats: dict[str, Any], name: str) -> float:
+        value: Any = stats
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value if isinstance(value, (int, float)) else 0
+
+    def states_per_second(self) -> float | None:
+        """Of the gateway that takes the most, over some seconds; None where none says."""
+        rates = []
+        with self._lock:
+            for samples in self._samples.values():
+                (now, last), (before, first) = samples[-1], samples[max(0, len(samples) - 4)]
+                if now > before and time.monotonic() - now < 3 * self.INTERVAL_S:
+                    count = self._count(last, "valid_states") - self._count(first, "valid_states")
+                    rates.append(max(0.0, count / (now - before)))
+        return max(rates, default=None)
+
+    def wrong(self) -> list[str]:
+        """What was lost within the last minute, or is wrong now."""
+        found = []
+        with self._lock:
+            for url, samples in self._samples.items():
+                first, last = samples[0][1], samples[-1][1]
+                at = f"{url}: " if len(self._samples) > 1 else ""
+                for name, words in _LOSSES.items():
+                    lost = self._count(last, name) - self._count(first, name)
+                    if lost > 0:
+                        found.append(f"{at}{_number(lost)} {words} within a minute")
+                conflicting = self._count(last, "conflicting_ids")
+                if conflicting:
+                    found.append(f"{at}{_number(conflicting)} ids with several senders")
+        return found
+
+
+class _View:
+    """What is shown, and what keys do to it; knows nothing of terminals."""
+
+    def __init__(self, table: EngineTable, gauge: _Gauge | None, sort: int = _FIRST_SORT, words: str = "") -> None:
+        self._table = table
+        self._gauge = gauge
+        self.sort = sort
+        self.descends = _COLUMNS[sort].descends
+        self.filter = words
+        self.selected = ""  # an engine's id
+        self.is_typing = self.shows_details = self.shows_help = self.is_over = self.is_paused = False
+        self._first = 0  # row shown
+        self._page = 1  # rows that fit
+        self._columns = len(_COLUMNS)
+        self._entries: list[Entry] = []
+
+    # -- keys
+
+    def press(self, key: str) -> None:
+        """A key: one character, or the name of another."""
+        if self.is_typing:
+            self._type(key)
+        elif key in ("q", "Q"):
+            self.is_over = True
+        elif self.shows_help:
+            self.shows_help = False
+        elif key in ("h", "?"):
+            self.shows_help = True
+        elif key == "enter":
+            self.shows_details = not self.shows_details and bool(self.selected)
+        elif key == "escape":
+            if self.shows_details:
+                self.shows_details = False
+            else:
+                self.filter = ""
+        elif key in ("<", "left", ">", "right"):
+            self.sort = (self.sort + (1 if key in (">", "right") else -1)) % self._columns
+            self.descends = _COLUMNS[self.sort].descends
+        elif key == "r":
+            self.descends = not self.descends
+        elif key == "p":
+            self.is_paused = not self.is_paused
+        elif key == "/":
+            self.is_typing, self.shows_details = True, False
+        else:
+            self._select(key)
+
+    def _type(self, key: str) -> None:
+        if key == "enter":
+            self.is_typing = False
+        elif key == "escape":
+            self.is_typing, self.filter = False, ""
+        elif key == "backspace":
+            self.filter = self.filter[:-1]
+        elif len(key) == 1 and key.isprintable():
+            self.filter += key
+
+    def _select(self, key: str) -> None:
+        steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -self._page, "page down": self._page, " ": self._page}
+        ids = [entry.engine_id for entry in self._entries]
+        if not ids:
+            return
+        if key in ("home", "g", "end", "G"):
+            place = 0 if key in ("home", "g") else len(ids) - 1
+        elif key not in steps:
+            return
+        elif self.selected in ids:
+            place = min(max(ids.index(self.selected) + steps[key], 0), len(ids) - 1)
+        else:
+            place = self._first if steps[key] > 0 else 0
+        self.selected = ids[place]
+
+    # -- what is shown
+
+    def lines(self, width: int, height: int) -> list[list[Styled]]:
+        """As many lines as there is room for; each is texts with their styles, in `width` columns at most."""
+        if not self.is_paused or not self._entries:
+            self._entries = self._sorted(self._table.entries())
+        head = self.head(width)
+        if self.shows_help:
+            longest = max(map(len, KEYS_HELP))
+            body = [_cut([(keys.ljust(longest) + "  ", "bold"), (does, "")], width) for keys, does in KEYS_HELP.items()]
+        elif self.shows_details and (entry := self._table.get(self.selected)) is not None:
+            body = self.details(entry, width)
+        else:
+            self.shows_details = False
+            body = self._rows(width, max(1, height - len(head) - 1))
+        room = max(0, height - len(head) - 1)
+        lines = [*head, *body[:room], *([] for _ in range(room - len(body)))][: height - 1]
+        return [*lines, [self._foot(width)]]
+
+    def _sorted(self, entries: list[Entry]) -> list[Entry]:
+        words = self.filter.casefold().split()
+        if words:
+            entries = [entry for entry in entries if all(word in self._text_of(entry) for word in words)]
+        column = _COLUMNS[self.sort]
+        entries.sort(key=lambda entry: entry.engine_id)
+        known, unknown = [], []
+        for entry in entries:
+            value = column.value(entry)
+            if value is None or isinstance(value, (dict, list)):
+                unknown.append(entry)
+            else:
+                known.append((str(value) if column.right is False or isinstance(value, str) else value, entry))
+        with contextlib.suppress(TypeError):  # what agents send under one name may be of several types
+            known.sort(key=lambda pair: pair[0], reverse=self.descends)
+        return [entry for _, entry in known] + unknown
+
+    @staticmethod
+    def _text_of(entry: Entry) -> str:
+        extra = " ".join(map(str, entry.extra.values()))
+        return f"{entry.engine_id} {entry.status} {entry.phase} {entry.scheduling_mode} {extra}".casefold()
+
+    def head(self, width: int) -> list[list[Styled]]:
+        """The fleet in a line, the gateways in another, and what is wrong."""
+        fleet = self._table.fleet()
+        sums = fleet["sums"]
+        free, total = sums["kv_cache_free_blocks"], sums["kv_cache_total_blocks"]
+        kv = f"{100 * (1 - free['sum'] / total['sum']):.0f}%" if total["sum"] > 0 and free["engines"] else "-"
+        rate = self._gauge.states_per_second() if self._gauge else None
+        texts: list[Styled] = [(f"{fleet[LIVE]} live, {fleet['usable']} usable", "bold")]
+        texts += [(f", {fleet[name]} {name}", _STATUS_STYLES[name]) for name in (STALE, UNAVAILABLE) if fleet[name]]
+        texts.append((f"   {_number(sums['pending_tokens_total']['sum'])} tokens pending   KV {kv} in use", ""))
+        if rate is not None:
+            texts.append((f"   {rate:,.0f} states/s", ""))
+        gateways = self._table.gateways()
+        names = ", ".join(f"{one.url}{'' if one.connected else ' (not followed)'}" for one in gateways)
+        lines = [_cut(texts, width), _cut([(names, "" if any(g.connected for g in gateways) else "red")], width)]
+        wrong = self.wrong(gateways)
+        return [*lines, _cut([("! " + "; ".join(wrong), "red")] if wrong else [("nothing is wrong", "dim")], width)]
+
+    def wrong(self, gateways: list[GatewayStatus]) -> list[str]:
+        """What an operator should know."""
+        found = [f"{one.url} {one.address}: {_printable(one.problem)}" for one in gateways if one.problem]
+        if self._gauge:
+            found += self._gauge.wrong()
+        return found
+
+    def _rows(self, width: int, room: int) -> list[list[Styled]]:
+        columns = _columns_that_fit(width)
+        self._columns, self._page = len(columns), max(1, room - 1)
+        ids = [entry.engine_id for entry in self._entries]
+        if self.selected in ids:
+            place = ids.index(self.selected)
+            self._first = min(max(self._first, place - self._page + 1), place)
+        self._first = max(0, min(self._first, len(ids) - self._page))
+        shown = self._entries[self._first : self._first + self._page]
+        lines: list[list[Styled]] = [[(self._titles(columns, width), "reverse")]]
+        for entry in shown:
+            style = "reverse" if entry.engine_id == self.selected else _STATUS_STYLES[entry.status]
+            lines.append([(row(entry, columns, width), style)])
+        if not shown:
+            lines.append([("no engine" + (" matches" if self.filter else " is known"), "dim")])
+        return lines
+
+    def _titles(self, columns: tuple[_Column, ...], width: int) -> str:
+        titles = []
+        for number, column in enumerate(columns):
+            title = column.title + (("v" if self.descends else "^") if number == self.sort else "")
+            titles.append(_fit(title, _width_of(columns, number, width), right=column.right))
+        return " ".join(titles)
+
+    def details(self, entry: Entry, width: int) -> list[list[Styled]]:
+        """Everything that is known of one engine."""
+        fields = entry.as_dict()
+        fields["extra"] = None
+        known = {name: value for name, value in fields.items() if value is not None}
+        known["gateway"] = entry.gateway
+        work, used = entry.seconds_of_work, _kv_used(entry)
+        known["seconds_of_work"] = "not known" if work is None else f"{work:.3f}"
+        known["kv_cache_in_use"] = "not known" if used is None or not entry.load_known else f"{100 * used:.1f} %"
+        known.update({f"extra.{name}": value for name, value in entry.extra.items()})
+        longest = max(map(len, known))
+        lines: list[list[Styled]] = [[(_fit(_printable(entry.engine_id), width), "reverse")]]
+        for name, value in known.items():
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, bool) else str(value)
+            lines.append(_cut([(_printable(name).ljust(longest) + "  ", "dim"), (_printable(text), "")], width))
+        return lines
+
+    def _foot(self, width: int) -> Styled:
+        if self.is_typing:
+            return _cut([(f"filter: {self.filter}_", "bold")], width)[0]
+        text = "q quit  <> sort  r reverse  / filter  arrows select  Enter details  h help"
+        if self.is_paused:
+            text = "PAUSED (p)  " + text
+        if self.filter:
+            text = f"filter: {_printable(self.filter)} (Esc)  " + text
+        return _cut([(text, "dim")], width)[0]
+
+
+def _cut(texts: list[Styled], width: int) -> list[Styled]:
+    """Texts in so many columns at most."""
+    kept = []
+    for text, style in texts:
+        if _cell_width(text) > width:
+            while _cell_width(text) > width - 1:
+                text = text[:-1]  # noqa: PLW2901
+            kept.append((text + ("~" if width else ""), style))
+            break
+        kept.append((text, style))
+        width -= _cell_width(text)
+    return kept
+
+
+def _width_of(columns: tuple[_Column, ...], number: int, width: int) -> int:
+    """The width of a column; the engine's id has what the others leave."""
+    if number:
+        return columns[number].width
+    return max(LEAST_ENGINE_WIDTH, width - sum(column.width + 1 for column in columns[1:]))
+
+
+def row(entry: Entry, columns: tuple[_Column, ...], width: int) -> str:
+    """An engine in a line."""
+    cells = []
+    for number, column in enumerate(columns):
+        value = column.value(entry)
+        text = "-" if value is None else column.text(value)
+        cells.append(_fit(text, _width_of(columns, number, width), right=column.right))
+    return " ".join(cells)
+
+
+_STYLES = {"bold": "1", "dim": "2", "reverse": "7", "green": "32", "yellow": "33", "red": "31"}
+_KEYS = {
+    "[A": "up", "[B": "down", "[C": "right", "[D": "left", "OA": "up", "OB": "down", "OC": "right", "OD": "left",
+    "[5~": "page up", "[6~": "page down", "[H": "home", "[F": "end", "[1~": "home", "[4~": "end", "OH": "home",
+    "OF": "end",
+}  # fmt: skip
+_NAMED = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\x08": "backspace"}
+_WITHOUT_COLOUR = ("vt", "xterm-mono", "linux-m")
+_KEY = re.compile(r"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z])")
+
+
+class _Terminal:
+    """A terminal in full-screen mode, left as it was however this ends; plain ANSI: curses is not everywhere."""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+        self._before: Any = None
+        self._shown: list[str] = []
+        self._pending = b""
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        os.set_blocking(self._wake_read, False)
+
+    @staticmethod
+    def is_one() -> bool:
+        """Whether standard input and output are a terminal that can be drawn on."""
+        return (
+            termios is not None
+            and sys.stdin.isatty()
+            and sys.stdout.isatty()
+            and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
+        )
+
+    @classmethod
+    def has_colour(cls) -> bool:
+        """Whether colours are wanted and there."""
+        return not os.environ.get("NO_COLOR") and not os.environ.get("TERM", "").startswith(_WITHOUT_COLOUR)
+
+    def __enter__(self) -> _Terminal:
+        self._before = termios.tcgetattr(0)
+        self._handlers = {
+            number: signal.signal(number, handler)
+            for number, handler in (
+                (signal.SIGWINCH, self._resized),
+                (signal.SIGCONT, self._resized),
+                (signal.SIGTSTP, self._suspend),
+                (signal.SIGTERM, self._end),
+                (signal.SIGHUP, self._end),
+            )
+        }
+        self._enter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._leave()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _enter(self) -> None:
+        mode = termios.tcgetattr(0)
+        mode[3] &= ~(termios.ECHO | termios.ICANON)
+        mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        self._shown = []
+        self._write("\x1b[?1049h\x1b[?25l\x1b[2J")
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._write("\x1b[0m\x1b[2J\x1b[H\x1b[?25h\x1b[?1049l")
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+
+    def _resized(self, *_: object) -> None:
+        self._shown = []
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"r")
+
+    def _suspend(self, *_: object) -> None:
+        self._leave()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._enter()
+
+    @staticmethod
+    def _end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    @staticmethod
+    def _write(text: str) -> None:
+        unsent = text.encode(sys.stdout.encoding or "utf-8", "replace")
+        while unsent:
+            unsent = unsent[os.write(1, unsent) :]
+
+    def size(self) -> tuple[int, int]:
+        """Columns and rows."""
+        size = shutil.get_terminal_size((USUAL_WIDTH, USUAL_HEIGHT))
+        return max(20, size.columns), max(4, size.lines)
+
+    def draw(self, lines: list[list[Styled]]) -> None:
+        """Write the lines that are not as they were."""
+        if not self._shown:
+            self._write("\x1b[0m\x1b[2J")
+        texts = ["".join(self._styled(text, style) for text, style in line) for line in lines]
+        changed = [
+            f"\x1b[{number + 1};1H{text}\x1b[K"
+            for number, text in enumerate(texts)
+            if number >= len(self._shown) or self._shown[number] != text
+        ]
+        self._shown = texts
+        self._write("".join(changed))
+
+    def _styled(self, text: str, style: str) -> str:
+        code = _STYLES.get(style)
+        if code is None or (not self._colour and style in ("green", "yellow", "red", "dim")):
+            return text
+        return f"\x1b[{code}m{text}\x1b[0m"
+
+    def keys(self, wait_s: float) -> list[str] | None:
+        """The keys that were pressed within that time, as soon as there are any; None where the terminal is gone."""
+        readable, _, _ = select.select([0, self._wake_read], [], [], wait_s)
+        if self._wake_read in readable:
+            with contextlib.suppress(OSError):
+                os.read(self._wake_read, 1024)
+        if 0 not in readable:
+            lonely, self._pending = self._pending == b"\x1b", b""
+            return ["escape"] if lonely else []
+        received = os.read(0, 4096)
+        if not received:
+            return None
+        keys, text = [], (self._pending + received).decode("utf-8", "ignore")
+        self._pending = b""
+        while text:
+            if text == "\x1b":
+                self._pending = b"\x1b"  # Esc by itself, or the beginning of another key
+                break
+            sequence = _KEY.match(text)
+            taken = sequence[0] if sequence else text[0]
+            if sequence:
+                keys.append(_KEYS.get(taken[1:], ""))
+            else:
+                keys.append(_NAMED.get(taken, taken if taken != "\x1b" else "escape"))
+            text = text[len(taken) :]
+        return [key for key in keys if key]
+
+    @property
+    def is_in_key(self) -> bool:
+        """Whether an Esc came that may be the beginning of another key."""
+        return bool(self._pending)
+
+
+def _show(table: EngineTable, gauge: _Gauge, options: argparse.Namespace) -> int:
+    """The live view, until it is quit."""
+    view = _View(table, gauge, options.sort, options.filter)
+    with _Terminal(not options.no_color and _Terminal.has_colour()) as terminal:
+        draw_at = float("-inf")
+        while not view.is_over:
+            now = time.monotonic()
+            if now >= draw_at:
+                terminal.draw(view.lines(*terminal.size()))
+                draw_at = now + (options.interval if len(table) else 0.2)
+            keys = terminal.keys(0.05 if terminal.is_in_key else max(0.0, draw_at - now))
+            if keys is None:
+                return 1
+            for key in keys:
+                view.press(key)
+            if keys or not terminal._shown:
+                draw_at = float("-inf")
+    return 0
+
+
+def _print_once(table: EngineTable, options: argparse.Namespace) -> int:
+    """The fleet and its engines once, as text."""
+    view = _View(table, None, options.sort, options.filter)
+    entries = view._sorted(table.entries())
+    longest = max((_cell_width(_printable(entry.engine_id)) for entry in entries), default=0)
+    width = shutil.get_terminal_size((USUAL_WIDTH, USUAL_HEIGHT)).columns
+    columns = _columns_that_fit(width)
+    if not sys.stdout.isatty():  # nothing is cut off what is read by a program
+        width = max(width, longest + sum(column.width + 1 for column in columns[1:]))
+    for line in view.head(width):
+        print("".join(text for text, _ in line))
+    print(" ".join(_fit(c.title, _width_of(columns, n, width), right=c.right) for n, c in enumerate(columns)).rstrip())
+    for entry in entries:
+        print(row(entry, columns, width).rstrip())
+    return 0
+
+
+def _print_json(table: EngineTable, options: argparse.Namespace) -> int:
+    """An engine's entry a line; without --once then one for each change."""
+    view = _View(table, None, options.sort, options.filter)
+    if options.once:
+        for entry in view._sorted(table.entries()):
+            print(json.dumps(entry.as_dict(), ensure_ascii=False))
+        return 0
+    changed: queue.SimpleQueue[frozenset[str]] = queue.SimpleQueue()
+    table.on_change(changed.put)
+    engine_ids = frozenset(entry.engine_id for entry in table)
+    words = options.filter.casefold().split()
+    while True:
+        for engine_id in sorted(engine_ids):
+            known = table.get(engine_id)
+            if known is None:
+                print(json.dumps({"engine_id": engine_id, "status": "removed"}, ensure_ascii=False))
+            elif all(word in view._text_of(known) for word in words):
+                print(json.dumps(known.as_dict(), ensure_ascii=False))
+        sys.stdout.flush()
+        engine_ids = changed.get()
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="engine_table.py",
+        description="Shows the engines that state gateways know, live in a terminal, as top does.",
+        epilog="keys: " + "; ".join(f"{keys}: {does}" for keys, does in KEYS_HELP.items()),
+    )
+    parser.add_argument("url", nargs="+", help="a gateway's base URL, as in http://gateway.example:9999; or several")
+    parser.add_argument("--once", action="store_true", help="print it once, and end; so, too, without a terminal")
+    parser.add_argument("--json", action="store_true", help="a line of JSON an engine; without --once then each change")
+    names = [column.title.lower().replace(" ", "-") for column in _COLUMNS]
+    parser.add_argument("--sort", choices=names, default=names[_FIRST_SORT], help="by which column (%(default)s)")
+    parser.add_argument(
+        "--filter", default="", help="only engines with these words in id, status, phase, mode or extra"
+    )
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds to wait for a gateway (%(default)s)")
+    parser.add_argument("--token-file", help="a file whose first line is the readers' token")
+    parser.add_argument("--ca-file", help="certificates to trust, for https")
+    parser.add_argument("--no-color", action="store_true", help="no colours; so, too, where NO_COLOR is set")
+    options = parser.parse_args(arguments)
+    options.sort = names.index(options.sort)
+    if not 0.05 <= options.interval <= 3600:
+        parser.error("--interval is from 0.05 to 3600 seconds")
+    options.token = options.context = None
+    try:
+        if options.token_file:
+            with open(options.token_file, encoding="ascii") as file:
+                lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+            if not lines:
+                parser.error(f"--token-file {options.token_file}: it has no token")
+            options.token = lines[0]
+        if options.ca_file:
+            options.context = ssl.create_default_context(cafile=options.ca_file)
+    except (OSError, UnicodeError) as error:
+        parser.error(f"{error}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = _arguments(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logger.setLevel(logging.CRITICAL)  # what is wrong is shown instead
+    try:
+        table = EngineTable(*options.url, token=options.token, ssl_context=options.context)
+    except ValueError as error:
+        print(f"engine_table.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        with table:
+            if not (options.once or options.json) and _Terminal.is_one():
+                gauge = _Gauge(table)
+                try:
+                    return _show(table, gauge, options)
+                finally:
+                    gauge.stop()
+            if not table.wait_until_known(options.timeout):
+                for one in table.gateways():
+                    print(f"engine_table.py: {one.url}: {_printable(one.problem)}", file=sys.stderr)
+                return 1
+            status = _print_json(table, options) if options.json else _print_once(table, options)
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt:
+        return 130
+    except OSError:  # who read it has gone, or the terminal
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
