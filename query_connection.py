@@ -59,12 +59,57 @@ class UnsentBytes:
         self.total = 0
 
 
+class Outbox:
+    """What is on its way to one reader. It counts whole until the last byte is taken, because it is held so long."""
+
+    __slots__ = ("_parts", "_unsent", "size")
+
+    def __init__(self, unsent: UnsentBytes) -> None:
+        self._unsent = unsent
+        self._parts: list[memoryview] = []
+        self.size = 0  # bytes, of all that was put in last
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def put(self, *parts: bytes) -> None:
+        """Have these sent next, as one message."""
+        self._parts = [memoryview(part) for part in parts if part]
+        self._count(sum(map(len, parts)))
+
+    def send(self, sock: socket.socket) -> int:
+        """Hand the socket what it takes, and return how many bytes that was; raises OSError."""
+        parts, total = self._parts, 0
+        try:
+            while parts:
+                sent = sock.sendmsg(parts)
+                total += sent
+                while parts and sent >= len(parts[0]):
+                    sent -= len(parts[0])
+                    del parts[0]
+                if parts:
+                    parts[0] = parts[0][sent:]
+        except BlockingIOError:
+            return total
+        self._count(0)
+        return total
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._parts = []
+        self._count(0)
+
+    def _count(self, size: int) -> None:
+        self._unsent.total += size - self.size
+        self.size = size
+
+
 class Connection:
     """A connection and what has come and has to go; acts for itself, and never waits."""
 
     __slots__ = (
-        "_buffer", "_clock", "_idle_timeout_s", "_unsent", "_unsent_of_all", "answers", "deadline", "is_chunked",
-        "is_reserve", "keep_alive", "network", "peer", "phase", "request", "sock", "stream", "unsent_bytes",
+        "_buffer", "_clock", "_idle_timeout_s", "answers", "deadline", "is_chunked", "is_reserve", "keep_alive",
+        "network", "outbox", "peer", "phase", "request", "sock", "stream",
     )  # fmt: skip
 
     def __init__(
@@ -90,19 +135,12 @@ class Connection:
         self.stream: Stream | None = None
         self.is_chunked = False  # the stream goes out in chunks
         self._buffer = RequestBuffer()
-        self._unsent: list[memoryview] = []
-        self._unsent_of_all = unsent
-        self.unsent_bytes = 0  # of the present answer, when it was made
+        self.outbox = Outbox(unsent)
 
     def use_reserve(self) -> None:
         """Take one of the reserve's places: for one answer, and not for long."""
         self.is_reserve = True
         self.deadline = self._clock() + LINGER_S
-
-    @property
-    def has_unsent(self) -> bool:
-        """Whether something waits for the reader to take it."""
-        return bool(self._unsent)
 
     def waits_for_turn(self) -> bool:
         """Whether a whole request is there and has no answer yet."""
@@ -166,18 +204,13 @@ class Connection:
 
     def end_stream(self) -> None:
         """Tell the reader that nothing follows, if that can be told now; without it the stream breaks off."""
-        if self.is_chunked and not self._unsent:
+        if self.is_chunked and not self.outbox:
             with contextlib.suppress(OSError):
                 self.sock.send(b"0\r\n\r\n")
 
     def _begin_sending(self, *parts: bytes) -> None:
-        self._unsent = [memoryview(part) for part in parts if part]
-        self._count_unsent(sum(map(len, parts)))
+        self.outbox.put(*parts)
         self.deadline = self._clock() + RESPONSE_DEADLINE_S
-
-    def _count_unsent(self, count: int) -> None:
-        self._unsent_of_all.total += count - self.unsent_bytes
-        self.unsent_bytes = count
 
     def send(self) -> bool:
         """Send what the socket takes, head and body in one write; True once nothing is left. Raises OSError.
@@ -185,20 +218,11 @@ class Connection:
         After an answer the phase is IDLE, READING or WAITING again, or LINGERING; raises BadRequest if what follows in
         the buffer is no request.
         """
-        unsent = self._unsent
-        try:
-            while unsent:
-                sent = self.sock.sendmsg(unsent)
-                while unsent and sent >= len(unsent[0]):
-                    sent -= len(unsent[0])
-                    del unsent[0]
-                if unsent:
-                    unsent[0] = unsent[0][sent:]
-                if self.phase is Phase.STREAMING:
-                    self.deadline = self._clock() + RESPONSE_DEADLINE_S  # it reads, however slowly
-        except BlockingIOError:
+        has_moved = self.outbox.send(self.sock) > 0
+        if self.outbox:
+            if has_moved and self.phase is Phase.STREAMING:
+                self.deadline = self._clock() + RESPONSE_DEADLINE_S  # it reads, however slowly
             return False
-        self._count_unsent(0)
         if self.phase is Phase.STREAMING:
             self.deadline = float("inf")
         else:
@@ -221,7 +245,7 @@ class Connection:
     def close(self) -> None:
         """Close the socket and the stream; twice is harmless."""
         self.phase = Phase.CLOSED
-        self._count_unsent(0)
+        self.outbox.clear()
         if self.stream is not None:
             self.stream.close()
         self.sock.close()
@@ -271,6 +295,11 @@ class Places:
             return self._in_reserve >= RESERVE_CONNECTIONS
         return self._count - self._in_reserve >= self.max_connections
 
+    def promote(self, connection: Connection) -> None:
+        """Give a connection of the reserve a usual place."""
+        self._in_reserve -= connection.is_reserve
+        connection.is_reserve = False
+
     def may_use_reserve(self, network: str) -> bool:
         """Whether any question of this network is answered from the reserve: it has few places, another has most."""
         most = max(map(len, self._by_network.values()), default=0)
@@ -312,12 +341,12 @@ class Places:
 
     def find_slowest_reader(self) -> Connection | None:
         """The connection that has to go if too much is unsent: the oldest answer of the network with most of it."""
-        unsent = {name: sum(c.unsent_bytes for c in connections) for name, connections in self._by_network.items()}
+        unsent = {name: sum(c.outbox.size for c in connections) for name, connections in self._by_network.items()}
         if not unsent:
             return None
         most = max(unsent, key=lambda name: unsent[name])
         return min(
-            (connection for connection in self._by_network[most] if connection.has_unsent),
+            (connection for connection in self._by_network[most] if connection.outbox),
             key=lambda connection: connection.deadline,
             default=None,
         )

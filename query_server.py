@@ -17,7 +17,7 @@ import selectors
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from daemon_log import OncePerMinute
@@ -64,18 +64,23 @@ class Application(Protocol):
         """Whether it is answered before all others, and also if there is no place for more connections."""
 
 
-class Troubles:
-    """Counts who was turned away, and says what is wrong, each once a minute; any thread may read the counts."""
+class Counters:
+    """Counts what was answered and who was turned away, and says what is wrong, each once a minute.
+
+    Written by the server's thread only; who reads them from another may be a request behind.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.counts = dict.fromkeys(REJECTIONS, 0)
+        self.requests = 0
+        self.closed_idle = 0  # connections that asked nothing, closed to make room
+        self.rejections = dict.fromkeys(REJECTIONS, 0)
         self._notice = OncePerMinute(clock)
         self._bugs = OncePerMinute(clock)
         self._destroyed = OncePerMinute(clock)
 
-    def record(self, reason: str, what: str) -> None:
-        """Count one; `what` says who, or why."""
-        self.counts[reason] += 1
+    def reject(self, reason: str, what: str) -> None:
+        """Count a connection that was turned away or cut off; `what` says who, or why."""
+        self.rejections[reason] += 1
         if self._notice.add():
             self._notice.example(f"{reason} {what}")
         self.flush()
@@ -161,6 +166,33 @@ class Acceptor:
             listener.close()
 
 
+class StreamTurns:
+    """The connections that stream, in the order of their turns."""
+
+    def __init__(self) -> None:
+        self._connections: dict[Connection, None] = {}
+        self.next_at = 0.0  # monotonic; when to look again whether they have something to send
+
+    def __bool__(self) -> bool:
+        return bool(self._connections)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._connections))
+
+    def add(self, connection: Connection) -> None:
+        """Add one, whose turn comes at once."""
+        self._connections[connection] = None
+        self.next_at = 0.0
+
+    def put_last(self, connection: Connection) -> None:
+        """Have the others come first next time."""
+        self._connections[connection] = self._connections.pop(connection)
+
+    def discard(self, connection: Connection) -> None:
+        """Remove one, if it is there."""
+        self._connections.pop(connection, None)
+
+
 class QueryServer:
     """Answers until it is stopped; the gateway gives it its thread.
 
@@ -187,13 +219,10 @@ class QueryServer:
         self._acceptor = Acceptor(listeners, self._selector)
         self._places = Places(max_connections or _connections_that_fit())
         self._queue = TurnQueue()
-        self._streams: dict[Connection, None] = {}  # in the order of their turns
-        self._next_at = {"streams": 0.0, "deadlines": 0.0}
+        self._streams = StreamTurns()
+        self._judge_at = 0.0  # monotonic; when to look for who is late
         self._refusing = self._stopping = False
-        # Written by this thread only; readers may be a request behind.
-        self.troubles = Troubles(clock)
-        self.requests = 0
-        self.closed_idle = 0  # connections that asked nothing, closed to make room
+        self._counters = Counters(clock)
         self.moved_at = clock()
         self.resumed_at = float("-inf")  # monotonic; when a wait was much too long: the process was paused
 
@@ -204,7 +233,8 @@ class QueryServer:
 
     def counters(self) -> dict[str, Any]:
         """What /stats says of it; from any thread."""
-        return counters_document(self.connections, self.requests, self.closed_idle, self.troubles.counts.copy())
+        counters = self._counters
+        return counters_document(self.connections, counters.requests, counters.closed_idle, counters.rejections.copy())
 
     def run(self) -> None:
         """Answer until `stop` is called, then finish the answers that were begun, for half a second at most."""
@@ -254,7 +284,7 @@ class QueryServer:
 
     def _wait(self, wait_s: float, now: float) -> list[tuple[selectors.SelectorKey, int]]:
         if self._streams:
-            wait_s = min(wait_s, max(0.0, self._next_at["streams"] - now))
+            wait_s = min(wait_s, max(0.0, self._streams.next_at - now))
         events = self._selector.select(0 if self._queue else wait_s)
         self.moved_at = self._clock()
         if self.moved_at - now > PAUSED_AFTER_S:
@@ -269,7 +299,7 @@ class QueryServer:
                 self._turn.clear()
                 if self._refusing:
                     self._acceptor.close()
-                    for connection in list(self._streams):
+                    for connection in self._streams:
                         connection.end_stream()
                         self._close(connection)
             elif key.data.phase is not Phase.CLOSED:  # it may have been closed to make room, in this very turn
@@ -285,56 +315,55 @@ class QueryServer:
     def _pump_streams(self) -> None:
         """Send what streams have, if their readers have taken all before and there is room for it."""
         now = self._clock()
-        if now < self._next_at["streams"]:
+        if now < self._streams.next_at:
             return
-        self._next_at["streams"] = now + STREAM_TICK_S
+        self._streams.next_at = now + STREAM_TICK_S
         is_crowded = self._places.unsent.total > MAX_UNSENT_BYTES // 2
-        for connection in list(self._streams):
+        for connection in self._streams:
             stream = connection.stream
-            if stream is None or connection.has_unsent or (stream.is_large and is_crowded):
+            if stream is None or connection.outbox or (stream.is_large and is_crowded):
                 continue
-            del self._streams[connection]  # to the end: the others come first next time
-            self._streams[connection] = None
+            self._streams.put_last(connection)
             try:
                 has_more = connection.pump()
             except Exception:
-                self.troubles.record_bug("a stream")
+                self._counters.record_bug("a stream")
                 self._close(connection)
                 continue
             if has_more:
                 self._send(connection)
                 is_crowded = is_crowded or self._places.unsent.total > MAX_UNSENT_BYTES // 2
             if self._clock() > now + TURN_S:
-                self._next_at["streams"] = now  # the others' turn comes right after new requests
+                self._streams.next_at = now  # the others' turn comes right after new requests
                 break
 
     def _close_late(self, judged_at: float, active: set[object]) -> None:
         """Close whose deadline had passed before the sockets were looked at, and who has not moved since."""
-        if judged_at < self._next_at["deadlines"]:
+        if judged_at < self._judge_at:
             return
-        self._next_at["deadlines"] = judged_at + TICK_S
+        self._judge_at = judged_at + TICK_S
         for connection in [connection for connection in self._places if connection.deadline <= judged_at]:
             if connection.phase is Phase.READING:
-                self.troubles.record("slow_request", f"peer={connection.peer}")
+                self._counters.reject("slow_request", f"peer={connection.peer}")
             elif connection.phase in (Phase.WRITING, Phase.STREAMING):
                 if (
                     connection in active
                 ):  # it takes something, and may have been kept from it by a pause of this process
                     connection.deadline = judged_at + LATE_READER_S
                     continue
-                self.troubles.record("slow_reader", f"peer={connection.peer}")
+                self._counters.reject("slow_reader", f"peer={connection.peer}")
             self._close(connection)
         if self._places.unsent.total > MAX_UNSENT_BYTES // 2:
             self._close_stuck_streams(judged_at)
-        self.troubles.flush()
+        self._counters.flush()
         if not self._refusing and not self._stopping:
             self._acceptor.resume(judged_at)
 
     def _close_stuck_streams(self, now: float) -> None:
         """Others wait for the room that these take: they are not given the whole RESPONSE_DEADLINE_S."""
-        for connection in list(self._streams):
-            if connection.has_unsent and connection.deadline < now + RESPONSE_DEADLINE_S - STUCK_S:
-                self.troubles.record("unread_stream", f"peer={connection.peer}")
+        for connection in self._streams:
+            if connection.outbox and connection.deadline < now + RESPONSE_DEADLINE_S - STUCK_S:
+                self._counters.reject("unread_stream", f"peer={connection.peer}")
                 self._close(connection)
 
     # -- connections ---------------------------------------------------------------------------------------------------
@@ -348,13 +377,13 @@ class QueryServer:
                 return
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self.troubles.record("no_descriptor", str(error.strerror))
+                    self._counters.reject("no_descriptor", str(error.strerror))
                     if not self._make_room(None, reserve=False):
                         self._acceptor.pause(self._clock() + TICK_S)
                     return
                 if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     address = self._acceptor.bind_anew(listener)
-                    self.troubles.record_destroyed(f"{address}: {error.strerror}")
+                    self._counters.record_destroyed(f"{address}: {error.strerror}")
                     return
                 continue  # the peer was gone before it was accepted
             self._give_place(sock, peer)
@@ -367,7 +396,7 @@ class QueryServer:
         )
         if self._places.are_taken(reserve=False) and not self._make_room(connection.network, reserve=False):
             if self._places.are_taken(reserve=True) and not self._make_room(connection.network, reserve=True):
-                self.troubles.record("no_place", f"peer={connection.peer}")
+                self._counters.reject("no_place", f"peer={connection.peer}")
                 connection.close()
                 return
             connection.use_reserve()
@@ -375,20 +404,20 @@ class QueryServer:
         self._selector.register(sock, selectors.EVENT_READ, connection)
         self._handle_io(connection)  # its request has often come with it
 
-    def _make_room(self, network: str | None, *, reserve: bool) -> bool:
+    def _make_room(self, network: str | None, *, reserve: bool, now: float | None = None) -> bool:
         """Close a connection that nobody is waiting to have answered; False if there is none."""
-        spare = self._places.find_spare(network, self._clock(), reserve=reserve)
+        spare = self._places.find_spare(network, self._clock() if now is None else now, reserve=reserve)
         if spare is None:
             return False
         if spare.phase is not Phase.READING:
-            self.closed_idle += 1
+            self._counters.closed_idle += 1
         else:
-            self.troubles.record("made_room", f"peer={spare.peer}")
+            self._counters.reject("made_room", f"peer={spare.peer}")
         self._close(spare)
         return True
 
     def _handle_io(self, connection: Connection) -> None:
-        if connection.has_unsent:
+        if connection.outbox:
             self._send(connection)
             if connection.waits_for_turn():
                 self._await_turn(connection)
@@ -431,7 +460,7 @@ class QueryServer:
 
     def _close(self, connection: Connection) -> None:
         self._places.discard(connection)
-        self._streams.pop(connection, None)
+        self._streams.discard(connection)
         self._selector.unregister(connection.sock)
         connection.close()
 
@@ -460,34 +489,47 @@ class QueryServer:
 
     def _answer_to(self, request: Request, connection: Connection) -> Answer | Stream:
         if not self._application.is_probe(request):
-            if connection.is_reserve and not self._places.may_use_reserve(connection.network):
-                self.troubles.record("no_place", f"peer={connection.peer}")
+            if not self._has_right_to_answer(connection):
+                self._counters.reject("no_place", f"peer={connection.peer}")
                 return error_answer(503, f"more than {self._places.max_connections} connections")
             while self._places.unsent.total > MAX_UNSENT_BYTES:
                 slowest = self._places.find_slowest_reader()
                 if slowest is None:
                     break
-                self.troubles.record("unread_answers", f"peer={slowest.peer}")
+                self._counters.reject("unread_answers", f"peer={slowest.peer}")
                 self._close(slowest)
         try:
             return self._application.respond(request)
         except Exception:
-            self.troubles.record_bug(f"target={request.target!r}")
+            self._counters.record_bug(f"target={request.target!r}")
             return error_answer(500, "this question met an error in the gateway, which is in its log")
+
+    def _has_right_to_answer(self, connection: Connection) -> bool:
+        """Whether it has a usual place, or one of the reserve by right, or gets one now.
+
+        A whole request is worth more than one that has only begun, however lately.
+        """
+        if not connection.is_reserve or self._places.may_use_reserve(connection.network):
+            return True
+        self._places.forget_ranking()
+        if self._make_room(connection.network, reserve=False, now=float("inf")):
+            self._places.promote(connection)
+            return True
+        return False
 
     def _refuse(self, connection: Connection, error: BadRequest) -> None:
         """Say what is wrong, and close: where the next request would begin is not known."""
         self._respond(connection, error_answer(error.status, str(error)), keep_alive=False, head_only=False)
 
     def _respond(self, connection: Connection, answer: Answer, *, keep_alive: bool, head_only: bool) -> None:
-        self.requests += 1
+        self._counters.requests += 1
         head = self._heads.of_answer(answer, len(answer.body), keep_alive=keep_alive)
         connection.begin_answer(head, b"" if head_only else answer.body, keep_alive=keep_alive)
         self._send(connection)
 
     def _begin_stream(self, connection: Connection, request: Request, stream: Stream) -> None:
         """Send the head; the rest follows for as long as the reader stays, and the connection ends with it."""
-        self.requests += 1
+        self._counters.requests += 1
         # If nothing says how much has come, urllib3 and requests wait until their buffers are full: up to 64 KiB.
         is_chunked = not request.http_1_0
         head = self._heads.of_stream(stream, is_chunked=is_chunked)
@@ -496,8 +538,7 @@ class QueryServer:
             connection.begin_answer(head, keep_alive=False)
         else:
             connection.begin_stream(stream, head, is_chunked=is_chunked, send_buffer_bytes=STREAM_SEND_BUFFER)
-            self._streams[connection] = None
-            self._next_at["streams"] = 0.0
+            self._streams.add(connection)
         self._send(connection)
 
 

@@ -182,7 +182,7 @@ class StateGateway:
         if self._log is not None:
             parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
         if self._http_sockets:
-            query = Query(self._store, self, self._watch)
+            query = Query(self._store, self, self._watch, clock=self._clock)
             self._http = QueryServer(
                 self._http_sockets,
                 query,

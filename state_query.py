@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +26,9 @@ from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
 METHODS = ("GET", "HEAD", "OPTIONS")
 _ALLOW = f"Allow: {', '.join(METHODS)}"
-LONGEST_INTERVAL_MS = 3_600_000
+MAX_INTERVAL_MS = 3_600_000
 MAX_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
-SHARED_MS = 10  # by which the ages of a snapshot that is given to several may be behind
+SHARED_S = 0.01  # how old a snapshot may be that is given to several readers
 
 
 def status_page() -> Answer:
@@ -98,16 +99,19 @@ class Question:
 class Query:
     """Answers questions by path; for one thread at a time."""
 
-    def __init__(self, store: StateStore, gateway: Gateway, watch: Watch) -> None:
+    def __init__(
+        self, store: StateStore, gateway: Gateway, watch: Watch, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._store = store
         self._gateway = gateway
         self._watch = watch
+        self._clock = clock
         self._page = status_page()
         self._ages_json = watch.ages_json
         self._lasting: dict[str, tuple[Visible, bytes]] = {}  # of each engine, for as long as it shows that state
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
         self._shared_key: object = None
-        self._shared_ms = 0
+        self._shared_at = 0.0
 
     def is_probe(self, request: Request) -> bool:
         """Whether a request is answered before all others, and also if there is no place for more connections."""
@@ -149,11 +153,11 @@ class Query:
         self._gateway.catch_up()
         changes = self._store.changes()
         key = (changes, tuple(wanted), engine_ids)
-        now_ms = self._gateway.about()["uptime_ms"]
-        if self._shared_key == key and now_ms - self._shared_ms <= SHARED_MS:
+        now = self._clock()
+        if self._shared_key == key and now - self._shared_at <= SHARED_S:
             return self._shared
         self._shared = self._snapshot(wanted or (LIVE, STALE), engine_ids)
-        self._shared_key, self._shared_ms = key, now_ms
+        self._shared_key, self._shared_at = key, now
         return self._shared
 
     def _watched(self, question: Question) -> WatchReader:
@@ -161,8 +165,8 @@ class Query:
             raise QueryError(503, "starting or stopping")
         engine_ids = question.engine_ids()
         intervals = question.parameters.get("min_interval_ms", ["0"])
-        if not all(re.fullmatch("[0-9]{1,7}", text) and int(text) <= LONGEST_INTERVAL_MS for text in intervals):
-            raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {LONGEST_INTERVAL_MS}")
+        if not all(re.fullmatch("[0-9]{1,7}", text) and int(text) <= MAX_INTERVAL_MS for text in intervals):
+            raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {MAX_INTERVAL_MS}")
         self._gateway.catch_up()
         reader = self._watch.open(
             lambda: self._snapshot((LIVE, STALE), engine_ids, between=DATA_LINE).body,

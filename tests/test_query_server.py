@@ -144,7 +144,7 @@ class ServerCase(unittest.TestCase):
         return {reason: count for reason, count in self.server.counters()["rejections"].items() if count}
 
     def wait_requests(self, count: int) -> None:
-        wait_until(f"{count} answers to be made", lambda: self.server.requests == count)
+        wait_until(f"{count} answers to be made", lambda: self.server.counters()["requests"] == count)
 
 
 class Requests(ServerCase):
@@ -511,6 +511,18 @@ class SteppedNetworks(SteppedCase):
     """The same, turn by turn."""
 
     max_connections = 8
+
+    def test_a_whole_request_is_worth_more_than_half_ones(self) -> None:
+        """Even of the same address, and even if they began just now."""
+        half = [self.connect().send(b"GET / HTT") for _ in range(8)]
+        self.steps()
+        with self.assertLogs("elrar.http", "WARNING"):
+            for _ in range(4):
+                client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+                self.steps()
+                self.assertEqual(client.response()[0], 200)
+        self.assertEqual(self.server.counters()["rejections"]["no_place"], 0)
+        self.assertEqual(len(half), 8)
 
     def test_what_others_begin_is_not_given_up_for_who_has_most(self) -> None:
         honest = [self.connect("127.0.0.3").send(b"GET /honest HTTP/1.1\r\n") for _ in range(2)]

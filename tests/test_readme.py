@@ -25,6 +25,7 @@ import http_message
 import query_connection
 import query_server
 import state_log
+import state_query
 import state_store
 import state_watch
 from config import PREFIX, SETTINGS, read_config
@@ -133,6 +134,12 @@ class BothLanguages(unittest.TestCase):
                 [daemon_log.QUEUED_LINES],
             ],
         )
+
+    def test_the_table_of_paths_is_that_of_the_program(self) -> None:
+        for name in (ENGLISH, CHINESE):
+            for route in state_query.ROUTES:
+                with self.subTest(name=name, path=route.path):
+                    self.assertRegex(read(name), rf"(?m)^\|.*`{re.escape(route.path)}[?`]")
 
     def test_links_within_lead_somewhere(self) -> None:
         for name in (ENGLISH, CHINESE):
