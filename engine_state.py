@@ -1,6 +1,9 @@
-"""What an engine says of itself: the datagram's format, its checks, and the EngineState it becomes.
+"""What an engine says of itself: the datagram's fields, their checks, and the EngineState that they become.
 
 This is the one place where bytes become a state. Everything here is a pure function, safe in any thread.
+
+`FIELDS` is the table of a state's fields. The parser, the canonical form, the heartbeat rule, the record, the entries
+of /engines, the metrics and the README's table come from it: a new field is a row of it, and a line of `EngineState`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from json.encoder import encode_basestring
+from operator import attrgetter, itemgetter
 from typing import Any, NoReturn
 
 MAX_DATAGRAM_BYTES = 8192
@@ -48,7 +52,7 @@ quote_json: Callable[[str], str] = encode_basestring  # a JSON string literal, w
 
 
 def unquote_json(literal: bytes) -> str:
-    """The text of a JSON string literal; json.loads takes five times as long where nothing is escaped."""
+    """The text of a JSON string literal; json.loads takes five times as long if nothing is escaped."""
     return str(json.loads(literal)) if b"\\" in literal else literal[1:-1].decode()
 
 
@@ -72,11 +76,175 @@ class InvalidDatagram(ValueError):
         return ": ".join(filter(None, self.args))
 
 
+# -- checks: each takes a value out of a JSON document and the field's name, and returns the value of the state -------
+
+_MISSING = object()
+
+
+def _missing_or_wrong_type(value: object, field: str) -> InvalidDatagram:
+    return InvalidDatagram(MISSING_FIELD if value is _MISSING else WRONG_TYPE, field)
+
+
+def _text(max_chars: int) -> Callable[[Any, str], str]:
+    def check(value: Any, field: str) -> str:
+        if type(value) is not str:
+            raise _missing_or_wrong_type(value, field)
+        if not 0 < len(value) <= max_chars:
+            raise InvalidDatagram(OUT_OF_RANGE, field)
+        if not value.isprintable():
+            raise InvalidDatagram(NOT_PRINTABLE, field)
+        return value
+
+    return check
+
+
+_printable_id = _text(MAX_ENGINE_ID_CHARS)
+
+
+def _engine_id(value: Any, field: str) -> str:
+    engine_id = _printable_id(value, field)
+    if engine_id[0] == " " or engine_id[-1] == " ":  # the only printable white space
+        raise InvalidDatagram(NOT_PRINTABLE, field)
+    return engine_id
+
+
+def _integer(low: int) -> Callable[[Any, str], int]:
+    def check(value: Any, field: str) -> int:
+        if type(value) is int:
+            number: int = value
+        else:
+            if type(value) is not float:
+                raise _missing_or_wrong_type(value, field)
+            if not math.isfinite(value):
+                raise InvalidDatagram(OUT_OF_RANGE, field)
+            if not value.is_integer():
+                raise InvalidDatagram(WRONG_TYPE, field)
+            number = int(value)
+        if not low <= number <= MAX_INTEGER:
+            raise InvalidDatagram(OUT_OF_RANGE, field)
+        return number
+
+    return check
+
+
+def _number(value: Any, field: str) -> float:
+    if type(value) is float:
+        if not 0.0 <= value < math.inf:  # false for NaN too
+            raise InvalidDatagram(OUT_OF_RANGE, field)
+        return value
+    if type(value) is not int:
+        raise _missing_or_wrong_type(value, field)
+    if not 0 <= value <= MAX_INTEGER:
+        raise InvalidDatagram(OUT_OF_RANGE, field)
+    return value
+
+
+# -- decoding: from a value's JSON text --------------------------------------------------------------------------------
+
+# Kept once however many states name them.
+_MODES = {b'"%b"' % mode.encode(): mode for mode in ("latency_optimized", "throughput_optimized", "balanced")}
+
+
+def _decode_mode(text: bytes) -> str:
+    return _MODES.get(text) or unquote_json(text)
+
+
+def _decode_number(text: bytes) -> float:
+    return int(text) if text.isdigit() else float(text)  # an int if the engine wrote one
+
+
+# -- the pieces of the canonical form, as regular expressions; every repetition is bounded -----------------------------
+
+_SPACELESS_TEXT = rb'"[!#-\[\]-~]{1,256}"'  # ASCII, nothing escaped
+_KNOWN_MODE = rb'"(?:latency_optimized|throughput_optimized|balanced)"'
+_WHOLE = rb"(?:0|[1-9][0-9]{0,14})"
+_WHOLE_OR_UNKNOWN = rb"(?:-1|0|[1-9][0-9]{0,14})"
+_DECIMAL = _WHOLE + rb"\.[0-9]{1,17}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a field is shown at /metrics: a gauge, the value times `scale`; or, if `info`, a series with it as label."""
+
+    family: str
+    help: str
+    scale: float = 1.0
+    info: bool = False
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a state."""
+
+    name: str
+    accepts: str  # type and range, as in the README's table
+    meaning: str  # unit and meaning, the same
+    check: Callable[[Any, str], Any]
+    canonical: bytes  # what its JSON text looks like in a canonical datagram
+    decode: Callable[[bytes], Any]  # from its JSON text
+    metric: Metric | None = None
+    placeholder: int | None = None  # what a heartbeat has there; None: no field of the load
+    unknown: int | None = None  # the value that says that an engine does not know it
+    summed: bool = False  # whether the fleet's sum of it means something
+
+
+FIELDS = (
+    Field(
+        "engine_id", "string, 1 to 256 printable characters, no space at either end", "usually the engine's URL",
+        _engine_id, _SPACELESS_TEXT, unquote_json,
+    ),
+    Field(
+        "timestamp_ms", "integer, 0 to 2^53", "ms since the epoch, by the engine's clock",
+        _integer(0), _WHOLE, int,
+        Metric("engine_timestamp_seconds", "Timestamp of the state shown, by the engine's clock, since the epoch",
+               1e-3),
+    ),
+    Field(
+        "latency_pred_ms", "finite number >= 0", "ms, predicted latency of the next scheduling step",
+        _number, _DECIMAL, _decode_number,
+        Metric("engine_latency_pred_seconds", "Predicted latency of the next scheduling step", 1e-3),
+        placeholder=0,
+    ),
+    Field(
+        "scheduling_mode", "string, 1 to 64 printable characters",
+        "today `latency_optimized`, `throughput_optimized`, `balanced`",
+        _text(MAX_MODE_CHARS), _KNOWN_MODE, _decode_mode,
+        Metric("engine_scheduling_mode_info", "The engine's scheduling mode, as a label", info=True),
+    ),
+    Field(
+        "pending_tokens_total", "integer >= 0", "tokens waiting",
+        _integer(0), _WHOLE, int,
+        Metric("engine_pending_tokens", "Tokens waiting"),
+        placeholder=0, summed=True,
+    ),
+    Field(
+        "kv_cache_free_blocks", "integer >= -1", "KV-cache blocks, -1 = unknown",
+        _integer(-1), _WHOLE_OR_UNKNOWN, int,
+        Metric("engine_kv_cache_free_blocks", "Free KV-cache blocks, -1 = unknown"),
+        placeholder=-1, unknown=-1, summed=True,
+    ),
+    Field(
+        "kv_cache_total_blocks", "integer >= -1", "KV-cache blocks, -1 = unknown",
+        _integer(-1), _WHOLE_OR_UNKNOWN, int,
+        Metric("engine_kv_cache_total_blocks", "KV-cache blocks, -1 = unknown"),
+        placeholder=-1, unknown=-1, summed=True,
+    ),
+    Field(
+        "engine_capacity", "finite number >= 0", "tokens/s, 0 = unknown",
+        _number, _DECIMAL, _decode_number,
+        Metric("engine_capacity_tokens_per_second", "Capacity, 0 = unknown"),
+        placeholder=0, unknown=0, summed=True,
+    ),
+)  # fmt: skip
+FIELD_NAMES = tuple(field.name for field in FIELDS)
+
+
 @dataclass(slots=True)
 class EngineState:
     """One state as an engine sent it. Not frozen because that makes creating one five times dearer; never changed.
 
-    `latency_pred_ms` and `engine_capacity` keep the number as it was written: an int where the engine wrote one.
+    The attributes are the rows of FIELDS, in their order. `latency_pred_ms` and `engine_capacity` keep the number as it
+    was written: an int if the engine wrote one.
     """
 
     engine_id: str
@@ -88,72 +256,63 @@ class EngineState:
     kv_cache_total_blocks: int  # -1 = unknown
     engine_capacity: float  # tokens/s, 0 = unknown
 
-    def values(self) -> tuple[str, int, float, str, int, int, int, float]:
-        """The eight fields, in the datagram's order."""
-        return (
-            self.engine_id,
-            self.timestamp_ms,
-            self.latency_pred_ms,
-            self.scheduling_mode,
-            self.pending_tokens_total,
-            self.kv_cache_free_blocks,
-            self.kv_cache_total_blocks,
-            self.engine_capacity,
-        )
-
     def as_dict(self) -> dict[str, Any]:
-        """The eight fields, in the datagram's order, as a dictionary of the caller's own."""
-        return dict(zip(FIELD_NAMES, self.values(), strict=True))
+        """The fields, in the datagram's order, as a dictionary of the caller's own."""
+        return dict(zip(FIELD_NAMES, _values(self), strict=True))
 
     def texts(self) -> FieldTexts:
-        """The eight fields as JSON text."""
-        return (
-            quote_json(self.engine_id).encode(),
-            b"%d" % self.timestamp_ms,
-            repr(self.latency_pred_ms).encode(),
-            quote_json(self.scheduling_mode).encode(),
-            b"%d" % self.pending_tokens_total,
-            b"%d" % self.kv_cache_free_blocks,
-            b"%d" % self.kv_cache_total_blocks,
-            repr(self.engine_capacity).encode(),
-        )
+        """The fields as JSON texts."""
+        return tuple((quote_json(value) if type(value) is str else repr(value)).encode() for value in _values(self))
 
 
-FIELD_NAMES = tuple(EngineState.__dataclass_fields__)
+_values: Callable[[EngineState], tuple[Any, ...]] = attrgetter(*FIELD_NAMES)
 
-# The eight fields of a valid state, in the datagram's order, each as the JSON text that stands for its value. This is
-# the form in which a state goes from the listener to the store: only a reader needs numbers, and making them takes six
-# times as long as cutting their text out.
+# The fields of a valid state, in the table's order, each as the JSON text that stands for its value. In this form a
+# state goes from the listener to the store: only a reader needs numbers, and making them takes six times as long as
+# cutting their text out.
 FieldTexts = tuple[bytes, ...]
-
 
 # How they are written, as the inside of a JSON object without its braces; json.dumps takes four times as long.
 FIELDS_JSON = b", ".join(b'"%b": %%b' % name.encode() for name in FIELD_NAMES)
 
 
-def is_heartbeat(fields: FieldTexts) -> bool:
-    """Whether all five load fields are the placeholders of an agent's heartbeat, which says nothing of load."""
-    _, _, latency, _, pending, free, total, capacity = fields
-    return free == b"-1" and total == b"-1" and pending == b"0" and float(latency) == 0 and float(capacity) == 0
+# -- heartbeats --------------------------------------------------------------------------------------------------------
+
+_PLACEHOLDERS = {at: field.placeholder for at, field in enumerate(FIELDS) if field.placeholder is not None}
+_load_texts = itemgetter(*_PLACEHOLDERS)
+_AS_AGENTS_WRITE_THEM = tuple(
+    b"%d.0" % placeholder if FIELDS[at].check is _number else b"%d" % placeholder
+    for at, placeholder in _PLACEHOLDERS.items()
+)
+# An integer has one text only, so that no text but this one in this place can be a heartbeat's; few others have it.
+HEARTBEAT_MARK, MARK_TEXT = next((at, b"-1") for at, placeholder in _PLACEHOLDERS.items() if placeholder == -1)
 
 
-# The canonical datagram, as an agent's `json.dumps` writes it, with the eight fields as groups. It matches only what
-# parse_datagram takes, and a test holds the two together on hundreds of thousands of datagrams. Every repetition is
-# bounded, so that nothing is looked at for long. It takes 0.8 microseconds, and parse_datagram 4.3.
+def is_heartbeat(texts: FieldTexts) -> bool:
+    """Whether all load fields are the placeholders of an agent's heartbeat, which says nothing of load."""
+    load = _load_texts(texts)
+    return load == _AS_AGENTS_WRITE_THEM or all(map(_is_placeholder, load, _PLACEHOLDERS.values()))
+
+
+def _is_placeholder(text: bytes, placeholder: int) -> bool:
+    return float(text) == placeholder
+
+
+# -- the canonical form ------------------------------------------------------------------------------------------------
+
+# A canonical datagram is one as an agent's `json.dumps` writes it, with usual values: its fields are cut out by one
+# regular expression, which takes 0.8 microseconds, and parse_datagram 4.3. It matches only what parse_datagram takes,
+# and a test holds the two together on hundreds of thousands of datagrams.
 _CANONICAL = re.compile(
-    rb'\{"engine_id": ("[!#-\[\]-~]{1,256}"), "timestamp_ms": (0|[1-9][0-9]{0,14}), '
-    rb'"latency_pred_ms": ((?:0|[1-9][0-9]{0,14})\.[0-9]{1,17}), '
-    rb'"scheduling_mode": ("(?:latency_optimized|throughput_optimized|balanced)"), '
-    rb'"pending_tokens_total": (0|[1-9][0-9]{0,14}), "kv_cache_free_blocks": (-1|0|[1-9][0-9]{0,14}), '
-    rb'"kv_cache_total_blocks": (-1|0|[1-9][0-9]{0,14}), "engine_capacity": ((?:0|[1-9][0-9]{0,14})\.[0-9]{1,17})\}'
+    rb"\{" + b", ".join(b'"%b": (%b)' % (field.name.encode(), field.canonical) for field in FIELDS) + rb"\}"
 )
 
 
 def match_canonical(datagram: bytes) -> FieldTexts | None:
     """The fields of a canonical datagram, or None if it is not one: it may still be valid."""
     match = _CANONICAL.fullmatch(datagram)
-    fields: FieldTexts | None = match and match.groups()
-    return fields
+    texts: FieldTexts | None = match and match.groups()
+    return texts
 
 
 def match_all_canonical(datagrams: Sequence[bytes]) -> list[FieldTexts | None]:
@@ -161,79 +320,11 @@ def match_all_canonical(datagrams: Sequence[bytes]) -> list[FieldTexts | None]:
     return [match and match.groups() for match in map(_CANONICAL.fullmatch, datagrams)]
 
 
-# A state as the table and the histories hold it: the text of all fields but the engine_id, timestamp_ms first, and then
-# when it was received, in ms since the epoch, a line each. That takes 130 bytes where an EngineState takes 340 and a
-# datagram 300, so that intake meets less cold memory.
-Record = bytes
-
-# A state to be held, of its fields from timestamp_ms on and received_ms; decode_record gives these back.
-encode_record: Callable[[Sequence[bytes]], Record] = b"\n".join
-
-
-def decode_record(held: Record) -> list[bytes]:
-    """What a state was held of: its fields from timestamp_ms on, and received_ms."""
-    return held.split(b"\n")
-
-
-# Some of them as one text, which takes two thirds of the memory that they take as an object each.
-pack: Callable[[Sequence[Record]], bytes] = b"\n".join
-
-
-def unpack(packed: bytes) -> list[Record]:
-    """The states that were packed."""
-    lines = packed.split(b"\n")
-    return [encode_record(lines[first : first + len(FIELD_NAMES)]) for first in range(0, len(lines), len(FIELD_NAMES))]
-
-
-def decode_state(engine_id: str, held: Record) -> EngineState:
-    """The state that is held of an engine."""
-    timestamp, latency, mode, pending, free, total, capacity, _ = decode_record(held)
-    return EngineState(
-        engine_id,
-        int(timestamp),
-        _float(latency),
-        _mode(mode),
-        int(pending),
-        int(free),
-        int(total),
-        _float(capacity),
-    )
-
-
-def same_state(held: Record, other: Record) -> bool:
-    """Whether all fields that are held are equal, however they were written and whenever they were received."""
-    return timestamp_ms(held) == timestamp_ms(other) and decode_state("", held) == decode_state("", other)
-
-
-def mode_of(held: Record) -> str:
-    """The scheduling_mode of the state that is held."""
-    return _mode(decode_record(held)[2])
-
-
-def timestamp_ms(held: Record) -> int:
-    """The timestamp_ms of the state that is held."""
-    return int(held[: held.index(b"\n")])
-
-
-def received_ms(held: Record) -> int:
-    """When the state that is held was received, by the gateway's clock, in ms since the epoch."""
-    return int(held[held.rindex(b"\n") + 1 :])
-
-
-# Kept once however many states name them.
-_MODES = {b'"%b"' % mode.encode(): mode for mode in ("latency_optimized", "throughput_optimized", "balanced")}
-
-
-def _mode(text: bytes) -> str:
-    return _MODES.get(text) or unquote_json(text)
-
-
-def _float(text: bytes) -> float:
-    return int(text) if text.isdigit() else float(text)  # an int where the engine wrote one
+# -- the parser --------------------------------------------------------------------------------------------------------
 
 
 def parse_datagram(datagram: bytes) -> EngineState:
-    """The state that a datagram holds; raises InvalidDatagram with the reason where it holds none.
+    """The state that a datagram holds; raises InvalidDatagram with the reason if it holds none.
 
     The time it takes grows with the datagram's size, and no datagram takes more than a few times as long a byte as a
     usual one: it is decoded once, or twice if it has a NaN or an integer of thousands of digits in it.
@@ -311,66 +402,11 @@ def _first_repeated(pairs: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     return ()
 
 
+_CHECKS = tuple((field.name, field.check) for field in FIELDS)
+
+
 def _state(document: dict[str, Any]) -> EngineState:
-    engine_id = _text(document, "engine_id", MAX_ENGINE_ID_CHARS)
-    if engine_id[0] == " " or engine_id[-1] == " ":  # the only printable white space
-        raise InvalidDatagram(NOT_PRINTABLE, "engine_id")
-    return EngineState(
-        engine_id,
-        _integer(document, "timestamp_ms", 0),
-        _number(document, "latency_pred_ms"),
-        _text(document, "scheduling_mode", MAX_MODE_CHARS),
-        _integer(document, "pending_tokens_total", 0),
-        _integer(document, "kv_cache_free_blocks", -1),
-        _integer(document, "kv_cache_total_blocks", -1),
-        _number(document, "engine_capacity"),
-    )
-
-
-def _text(document: dict[str, Any], field: str, max_chars: int) -> str:
-    value = document.get(field, _MISSING)
-    if type(value) is not str:
-        raise _missing_or_wrong_type(value, field)
-    if not 0 < len(value) <= max_chars:
-        raise InvalidDatagram(OUT_OF_RANGE, field)
-    if not value.isprintable():
-        raise InvalidDatagram(NOT_PRINTABLE, field)
-    return value
-
-
-def _integer(document: dict[str, Any], field: str, low: int) -> int:
-    value = document.get(field, _MISSING)
-    if type(value) is not int:
-        if type(value) is not float:
-            raise _missing_or_wrong_type(value, field)
-        if not math.isfinite(value):
-            raise InvalidDatagram(OUT_OF_RANGE, field)
-        if not value.is_integer():
-            raise InvalidDatagram(WRONG_TYPE, field)
-        value = int(value)
-    if not low <= value <= MAX_INTEGER:
-        raise InvalidDatagram(OUT_OF_RANGE, field)
-    return value
-
-
-def _number(document: dict[str, Any], field: str) -> float:
-    value = document.get(field, _MISSING)
-    if type(value) is float:
-        if not 0.0 <= value < math.inf:  # false for NaN too
-            raise InvalidDatagram(OUT_OF_RANGE, field)
-        return value
-    if type(value) is not int:
-        raise _missing_or_wrong_type(value, field)
-    if not 0 <= value <= MAX_INTEGER:
-        raise InvalidDatagram(OUT_OF_RANGE, field)
-    return value
-
-
-_MISSING = object()
-
-
-def _missing_or_wrong_type(value: object, field: str) -> InvalidDatagram:
-    return InvalidDatagram(MISSING_FIELD if value is _MISSING else WRONG_TYPE, field)
+    return EngineState(*[check(document.get(name, _MISSING), name) for name, check in _CHECKS])
 
 
 _OUTSIDE_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine_state import FIELDS_JSON, decode_record
-from state_store import LIVE, STALE, EngineView, Visible, ages_ms
+from engine_state import FIELDS_JSON
+from staleness import LIVE, STALE, Freshness, ages_ms
+from state_record import Record, decode_record
+from state_store import EngineView, Visible
 
 CACHED_AGES = 65536
 
@@ -27,37 +29,33 @@ def entry(view: EngineView) -> dict[str, Any]:
     }
 
 
-_MEMBER = b', %%b: {%b, "heartbeat": %%b, "received_ms": %%b, "clock_offset_ms": %%d, "source": %%b, ' % FIELDS_JSON
+_HEAD = b', %%b: {%b, "heartbeat": %%b, "received_ms": %%b, "clock_offset_ms": %%d, "source": %%b, ' % FIELDS_JSON
 
 
-def entry_head(quoted_id: bytes, shown: Visible) -> bytes:
+def entry_head(quoted_id: bytes, visible: Visible) -> bytes:
     """The beginning of an entry as it follows others at /engines, under its id: all that lasts until the next state.
 
     The id is JSON text.
     """
-    # Spelled out and in one go, because this is most of what a snapshot takes: in steps it takes half as long again.
-    held, heartbeat, _, source = shown
-    stamp, latency, mode, pending, free, total, capacity, received = decode_record(held)
-    return _MEMBER % (
-        quoted_id,
-        quoted_id,
-        stamp,
-        latency,
-        mode,
-        pending,
-        free,
-        total,
-        capacity,
-        b"true" if heartbeat else b"false",
-        received,
-        int(received) - int(stamp),
-        source,
-    )
+    # In one go, because this is most of what a snapshot takes: in steps it takes half as long again.
+    record, heartbeat, _, source = visible
+    *texts, received = decode_record(record)
+    quoted_heartbeat = b"true" if heartbeat else b"false"
+    offset = int(received) - int(texts[0])
+    return _HEAD % (quoted_id, quoted_id, *texts, quoted_heartbeat, received, offset, source)
 
 
-def lone_entry_head(quoted_id: bytes, shown: Visible) -> bytes:
+_PAST = b'{%b, "received_ms": %%b}' % FIELDS_JSON
+
+
+def past_state_json(quoted_id: bytes, record: Record) -> bytes:
+    """One state of an engine's history; the id is JSON text."""
+    return _PAST % (quoted_id, *decode_record(record))
+
+
+def lone_entry_head(quoted_id: bytes, visible: Visible) -> bytes:
     """The same of an entry that stands alone."""
-    return entry_head(quoted_id, shown)[len(b", ") + len(quoted_id) + len(b": ") :]
+    return entry_head(quoted_id, visible)[len(b", ") + len(quoted_id) + len(b": ") :]
 
 
 class AgesJson(dict[tuple[int, int], tuple[bytes, bool]]):
@@ -66,14 +64,14 @@ class AgesJson(dict[tuple[int, int], tuple[bytes, bool]]):
     Looking it up takes a fifth of writing it.
     """
 
-    def __init__(self, stale_ms: int) -> None:
+    def __init__(self, freshness: Freshness) -> None:
         super().__init__()
-        self._stale_ms = stale_ms
+        self._freshness = freshness
 
     def __missing__(self, ages: tuple[int, int]) -> tuple[bytes, bool]:
         if len(self) >= CACHED_AGES:
             self.clear()
-        live = ages[0] <= self._stale_ms
+        live = self._freshness.is_live(ages[0])
         status = LIVE if live else STALE
         text = b'"status": "%b", "age_ms": %d, "state_age_ms": %d}' % (status.encode(), *ages)
         end = self[ages] = text, live

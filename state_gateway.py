@@ -18,6 +18,7 @@ from typing import Any
 
 from config import BROADCAST, PREFIX, UNICAST, Config
 from engine_state import EngineState
+from gateway_counters import FINAL_COUNTERS, section
 from log_file import LogInUse, standard_stream
 from query_server import QueryServer, counters_document
 from sockets import (
@@ -119,9 +120,7 @@ class StateGateway:
         self._store = StateStore(
             config.stale_threshold_ms, config.expire_after_ms, config.max_engines, config.history, clock=clock
         )
-        self._watch = Watch(
-            self._store, config.stale_threshold_ms, instance=self._instance, clock=clock, wall_clock=wall_clock
-        )
+        self._watch = Watch(self._store, instance=self._instance, clock=clock, wall_clock=wall_clock)
         self._sockets: list[socket.socket] = []
         self._http_sockets: list[socket.socket] = []
         self._log: StateLog | None = None
@@ -326,7 +325,7 @@ class StateGateway:
     def _end_log(self, log: StateLog, ended: bool) -> None:
         if ended:
             stats = self.get_stats()
-            stopped = {name: stats[name] for name in _FINAL_COUNTERS}
+            stopped = {name: stats[name] for name in FINAL_COUNTERS}
             given_up = log.close("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
         else:
             given_up = log.give_up()  # its disk hangs
@@ -387,6 +386,7 @@ class StateGateway:
     def get_stats(self) -> dict[str, Any]:
         """The document of /stats; the counters of datagrams are of one moment and add up. Also after `shutdown`."""
         counters = self._store.counters()
+        del counters["accepted"]  # what is left of valid_states
         live, total = self._store.counts()
         log = LogCounters() if self._log is None else self._log.counters()
         mode = self.config.network_mode
@@ -395,37 +395,17 @@ class StateGateway:
             "uptime_s": round(self._clock() - self._started_at, 3),
             "active_engines": live,
             "total_engines": total,
-            "total_received": counters.received,
-            "valid_states": counters.valid_states,
-            "invalid_states": counters.invalid_states,
-            "valid_rate": counters.valid_states / counters.received if counters.received else 0.0,
-            "unicast_received": counters.received if mode == UNICAST else 0,
-            "broadcast_received": counters.received if mode == BROADCAST else 0,
-            "heartbeats": counters.heartbeats,
-            "duplicates": counters.duplicates,
-            "out_of_order": counters.out_of_order,
-            "rejected_capacity": counters.rejected_capacity,
-            "rejected_source": counters.rejected_source,
-            "expired_engines": counters.expired_engines,
-            "invalid_reasons": counters.invalid,
-            "last_received": counters.last_received_s,
+            **{f"{each}_received": counters["total_received"] if each == mode else 0 for each in (UNICAST, BROADCAST)},
+            **counters,
             "receive_buffer_bytes": self._receive_buffer_bytes,
             "kernel_dropped": self._listener.kernel_dropped(),
             "log": {
                 "enabled": self.config.enable_log,
                 "file": self._log_path,
-                "written": log.written,
-                "dropped": log.dropped,
-                "errors": log.errors,
-                "rotations": log.rotations,
+                **section("log", log),
             },
             "http": counters_document() if self._http is None else self._http.counters(),
-            "watch": {
-                "readers": self._watch.readers,
-                "events": self._watch.events,
-                "merged_events": self._watch.merged_events,
-                "rejected_readers": self._watch.rejected_readers,
-            },
+            "watch": section("watch", self._watch),
             "own_log_dropped": self._own_log_dropped(),
         }
 
@@ -463,12 +443,6 @@ class StateGateway:
     def is_ready(self) -> bool:
         """Whether everything is open and nothing is stopping."""
         return self._ready
-
-
-_FINAL_COUNTERS = (
-    "uptime_s", "total_engines", "total_received", "valid_states", "invalid_states", "heartbeats", "duplicates",
-    "out_of_order", "rejected_capacity", "rejected_source", "expired_engines", "invalid_reasons", "kernel_dropped",
-)  # fmt: skip
 
 
 def _cannot_listen(protocol: str, address: str, port: int, error: OSError) -> str:

@@ -1,18 +1,22 @@
 """Prometheus' text format (0.0.4) of the counters and of every engine.
 
-To add a counter, add it where it is counted, to `StateGateway.get_stats`, and here.
+What there is comes from the tables: `gateway_counters` for the gateway's own numbers, `engine_state.FIELDS` for what an
+engine says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_state import decode_record, mode_of
-from state_store import LIVE, STALE, EngineView
+from engine_state import FIELDS, Field
+from gateway_counters import ACCEPTED, COUNTERS, OUTCOMES
+from staleness import LIVE, STALE
+from state_record import decode_record
+from state_store import EngineView
 
 PREFIX = "elrar_state_gateway_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,65 +46,59 @@ def _page(name: str, kind: str, meaning: str, lines: list[str]) -> str:
     return "\n".join((f"# HELP {name} {meaning}", f"# TYPE {name} {kind}", *lines, ""))
 
 
-def _counter(name: str, meaning: str, value: float) -> str:
-    return _family(name, "counter", meaning, [({}, value)])
-
-
-def _gauge(name: str, meaning: str, value: float) -> str:
-    return _family(name, "gauge", meaning, [({}, value)])
-
-
-# One series an engine and field, in the order of `_values`; durations in seconds, as Prometheus wants its base units.
-_ENGINE_FAMILIES = (
-    ("engine_live", "1 while the engine was heard from within the stale threshold, 0 while it is stale"),
-    ("engine_heartbeat", "1 where the state shown is a heartbeat, whose load fields say nothing"),
-    ("engine_age_seconds", "Time since the engine was last heard from"),
-    ("engine_state_age_seconds", "Time since the state shown was received"),
-    ("engine_clock_offset_seconds", "Receipt minus the engine's own timestamp: the error of its clock"),
-    ("engine_timestamp_seconds", "Timestamp of the state shown, by the engine's clock, since the epoch"),
-    ("engine_latency_pred_seconds", "Predicted latency of the next scheduling step"),
-    ("engine_pending_tokens", "Tokens waiting"),
-    ("engine_kv_cache_free_blocks", "Free KV-cache blocks, -1 = unknown"),
-    ("engine_kv_cache_total_blocks", "KV-cache blocks, -1 = unknown"),
-    ("engine_capacity_tokens_per_second", "Capacity, 0 = unknown"),
+# What the gateway says of an engine, one series an engine each; durations in seconds, Prometheus' base unit.
+_ABOUT_ENGINES: tuple[tuple[str, str, Callable[[EngineView], float]], ...] = (
+    (
+        "engine_live",
+        "1 while the engine was heard from within the stale threshold, 0 while it is stale",
+        lambda view: int(view.status == LIVE),
+    ),
+    (
+        "engine_heartbeat",
+        "1 if the state shown is a heartbeat, whose load fields say nothing",
+        lambda view: int(view.heartbeat),
+    ),
+    ("engine_age_seconds", "Time since the engine was last heard from", lambda view: view.age_ms / 1000),
+    ("engine_state_age_seconds", "Time since the state shown was received", lambda view: view.state_age_ms / 1000),
+    (
+        "engine_clock_offset_seconds",
+        "Receipt minus the engine's own timestamp: the error of its clock",
+        lambda view: view.clock_offset_ms / 1000,
+    ),
 )
+_SHOWN_FIELDS = tuple((at - 1, field) for at, field in enumerate(FIELDS) if field.metric is not None)
 
 
-def _values(view: EngineView) -> tuple[float | str, ...]:
-    """The values of an engine's series. A number in JSON is one in this format too, which spares making it."""
-    timestamp, latency, _, pending, free, total, capacity, received = decode_record(view.visible[0])
-    timestamp_ms = int(timestamp)
-    return (
-        int(view.status == LIVE),
-        int(view.heartbeat),
-        view.age_ms / 1000,
-        view.state_age_ms / 1000,
-        (int(received) - timestamp_ms) / 1000,
-        timestamp_ms / 1000,
-        float(latency) / 1000,
-        pending.decode(),
-        free.decode(),
-        total.decode(),
-        capacity.decode(),
-    )
+def _samples(field: Field, ids: list[str], texts: Sequence[bytes]) -> list[str]:
+    """The lines of a field, given its JSON text for each engine."""
+    metric = field.metric
+    assert metric is not None
+    name = PREFIX + metric.family
+    if metric.info:
+        labels = {text: _label(field.name, str(field.decode(text))) for text in set(texts)}
+        return [f"{name}{{{id_},{labels[text]}}} 1" for id_, text in zip(ids, texts, strict=True)]
+    if metric.scale == 1:  # a number in JSON is one in this format too, which spares making it
+        return [f"{name}{{{id_}}} {text.decode()}" for id_, text in zip(ids, texts, strict=True)]
+    divisor = round(1 / metric.scale)
+    return [f"{name}{{{id_}}} {float(text) / divisor!r}" for id_, text in zip(ids, texts, strict=True)]
 
 
 def engine_metrics(views: list[EngineView]) -> bytes:
     """One series an engine and field, for the engines that are known now.
 
-    Encoded family by family, because one string of all takes four bytes a character where a single name needs them.
+    Encoded family by family, because one string of all takes four bytes a character if a single name needs them.
     """
     ids = [_label("engine_id", view.engine_id) for view in views]
-    columns = zip(*map(_values, views), strict=True) if views else [()] * len(_ENGINE_FAMILIES)
     parts = []
-    for (family, meaning), column in zip(_ENGINE_FAMILIES, columns, strict=True):
+    for family, meaning, value in _ABOUT_ENGINES:
         name = PREFIX + family
-        lines = [f"{name}{{{id_}}} {value}" for id_, value in zip(ids, column, strict=True)]
+        lines = [f"{name}{{{id_}}} {value(view)}" for id_, view in zip(ids, views, strict=True)]
         parts.append(_page(name, "gauge", meaning, lines).encode())
-    name = PREFIX + "engine_scheduling_mode_info"
-    modes = (_label("scheduling_mode", mode_of(view.visible[0])) for view in views)
-    lines = [f"{name}{{{id_},{mode}}} 1" for id_, mode in zip(ids, modes, strict=True)]
-    parts.append(_page(name, "gauge", "The engine's scheduling mode, as a label", lines).encode())
+    columns = list(zip(*(decode_record(view.visible[0]) for view in views), strict=True))
+    for at, field in _SHOWN_FIELDS:
+        assert field.metric is not None
+        lines = _samples(field, ids, columns[at] if columns else ())
+        parts.append(_page(PREFIX + field.metric.family, "gauge", field.metric.help, lines).encode())
     return b"".join(parts)
 
 
@@ -118,22 +116,14 @@ def _process_metrics() -> list[str]:
 def gateway_metrics(stats: dict[str, Any]) -> bytes:
     """The gateway's own counters and settings, from the same numbers as /stats."""
     live, total = stats["active_engines"], stats["total_engines"]
-    outcomes = {
-        "accepted": stats["valid_states"] - stats["heartbeats"] - stats["duplicates"] - stats["out_of_order"],
-        "heartbeat": stats["heartbeats"],
-        "duplicate": stats["duplicates"],
-        "out_of_order": stats["out_of_order"],
-        "invalid": stats["invalid_states"],
-        "rejected_capacity": stats["rejected_capacity"],
-        "rejected_source": stats["rejected_source"],
-    }
-    log, http, watch = stats["log"], stats["http"], stats["watch"]
+    outcomes = {outcome.name: stats[outcome.counter] for outcome in OUTCOMES if outcome.counter is not None}
+    outcomes[ACCEPTED] = stats["valid_states"] - sum(
+        stats[outcome.counter] for outcome in OUTCOMES if outcome.is_valid and outcome.counter is not None
+    )
     info = {name: str(stats[name]) for name in ("version", "network_mode", "bind_address", "udp_port")}
     info["gateway_instance"] = stats["instance"]  # Prometheus has an `instance` of its own
     parts = [
         _family("info", "gauge", "What runs, as labels", [(info, 1)]),
-        _gauge("uptime_seconds", "Time since the gateway started", stats["uptime_s"]),
-        _gauge("stale_threshold_seconds", "Silence after which an engine is stale", stats["stale_threshold_ms"] / 1000),
         _family("engines", "gauge", "Engines known, by status",
                 [({"status": LIVE}, live), ({"status": STALE}, total - live)]),
         _family("datagrams_total", "counter", "Datagrams received, by what was made of them",
@@ -142,31 +132,18 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
                 [({"network_mode": mode}, stats[f"{mode}_received"]) for mode in ("unicast", "broadcast")]),
         _family("datagrams_invalid_total", "counter", "Datagrams rejected as invalid, by reason",
                 [({"reason": reason}, count) for reason, count in stats["invalid_reasons"].items()]),
-        _counter("engines_expired_total", "Engines removed because they fell silent", stats["expired_engines"]),
-        _gauge("receive_buffer_bytes", "Kernel receive buffer that was granted", stats["receive_buffer_bytes"]),
-        _gauge("log_enabled", "1 where the state log is written", log["enabled"]),
-        _counter("log_states_written_total", "States written to the state log", log["written"]),
-        _counter("log_states_dropped_total", "States that the state log had no room for", log["dropped"]),
-        _counter("log_errors_total", "Attempts to write the state log that failed", log["errors"]),
-        _counter("log_rotations_total", "Rotations of the state log", log["rotations"]),
-        _gauge("http_connections", "Open connections to the query interface", http["connections"]),
-        _counter("http_requests_total", "Requests answered by the query interface", http["requests"]),
-        _counter("http_rejected_connections_total", "Connections turned away or cut off at a limit",
-                 http["rejected_connections"]),
-        _gauge("watch_readers", "Readers of /watch", watch["readers"]),
-        _counter("watch_events_total", "Events sent to the readers of /watch", watch["events"]),
-        _counter("watch_merged_events_total", "Events not sent, a newer one of the same engine taking their place",
-                 watch["merged_events"]),
-        _counter("watch_rejected_readers_total", "Readers of /watch turned away because there are too many",
-                 watch["rejected_readers"]),
-        _counter("own_log_lines_dropped_total", "Lines of the daemon's own log that stderr did not take",
-                 stats["own_log_dropped"]),
     ]  # fmt: skip
-    parts += _process_metrics()
-    if stats["kernel_dropped"] is not None:
-        parts.append(_counter("kernel_dropped_datagrams_total", "Datagrams the kernel dropped, its buffer being full",
-                              stats["kernel_dropped"]))  # fmt: skip
-    if stats["last_received"] is not None:
-        parts.append(_gauge("last_received_timestamp_seconds", "When a datagram was last received, since the epoch",
-                            stats["last_received"]))  # fmt: skip
-    return "".join(parts).encode()
+    for counter in COUNTERS:
+        value = _at(stats, counter.path)
+        if value is not None:  # there is none here, or nothing was received yet
+            value = value if counter.scale == 1 else value / round(1 / counter.scale)
+            parts.append(_family(counter.family, counter.kind, counter.help, [({}, value)]))
+    return "".join(parts + _process_metrics()).encode()
+
+
+def _at(stats: dict[str, Any], path: str) -> float | None:
+    value: Any = stats
+    for name in path.split("."):
+        value = value[name]
+    assert value is None or isinstance(value, int | float)
+    return value

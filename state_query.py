@@ -17,10 +17,11 @@ from typing import Any, Protocol
 from urllib.parse import unquote_to_bytes
 
 import state_metrics as metrics
-from engine_state import FIELDS_JSON, quote_json
+from engine_state import quote_json
 from http_message import Answer, QueryError, Request, error_answer, json_answer
-from state_entry import EndsJson, entry_head, lone_entry_head
-from state_store import LIVE, STALE, StateStore, Visible
+from staleness import LIVE, STALE
+from state_entry import EndsJson, entry_head, lone_entry_head, past_state_json
+from state_store import StateStore, Visible
 from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
@@ -221,13 +222,11 @@ class Query:
     def _history(self, question: Question) -> Answer:
         engine_id = question.engine_id()
         self._gateway.catch_up()
-        past = self._store.history(engine_id)
+        past = self._store.history_records(engine_id)
         if past is None:
             raise QueryError(404, _NO_SUCH_ENGINE)
-        states = [
-            b'{%b, "received_ms": %d}' % (FIELDS_JSON % state.texts(), received_ms) for state, received_ms in past
-        ]
-        return Answer(200, b"[%b]\n" % b", ".join(states))
+        quoted_id = quote_json(engine_id).encode()
+        return Answer(200, b"[%b]\n" % b", ".join([past_state_json(quoted_id, record) for record in past]))
 
     def _stats(self, _: Question) -> Answer:
         self._gateway.catch_up()

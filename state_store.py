@@ -9,80 +9,27 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from daemon_log import OncePerMinute
-from engine_state import (
-    REASONS,
-    EngineState,
-    FieldTexts,
+from engine_state import HEARTBEAT_MARK, MARK_TEXT, EngineState, FieldTexts, is_heartbeat, quote_json, unquote_json
+from gateway_counters import ACCEPTED, DUPLICATE, HEARTBEAT, OUT_OF_ORDER, REJECTED_CAPACITY, DatagramCounters
+from log_throttle import LogThrottle
+from staleness import LIVE, STALE, Freshness, age_ms, ages_ms
+from state_record import (
+    LINE_END,
+    History,
     Record,
     decode_state,
-    encode_record,
-    is_heartbeat,
-    pack,
-    quote_json,
+    encode_fields,
+    encode_receipt,
     received_ms,
     same_state,
     timestamp_ms,
-    unpack,
-    unquote_json,
 )
 from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.store")
-
-# Outcomes of a valid datagram; the invalid ones have their reasons in engine_state.
-ACCEPTED = "accepted"
-HEARTBEAT = "heartbeat"
-DUPLICATE = "duplicate"
-OUT_OF_ORDER = "out_of_order"
-REJECTED_CAPACITY = "rejected_capacity"
-
-LIVE = "live"
-STALE = "stale"
-
-
-@dataclass(slots=True)
-class DatagramCounters:
-    """What became of every datagram. `received` is always the sum of the outcomes."""
-
-    received: int = 0
-    accepted: int = 0
-    heartbeats: int = 0
-    duplicates: int = 0
-    out_of_order: int = 0
-    rejected_capacity: int = 0
-    rejected_source: int = 0
-    invalid: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
-    expired_engines: int = 0
-    last_received_s: float | None = None  # since the epoch
-
-    def count(self, batch: Batch, outcomes: list[str]) -> None:
-        """Count what became of a batch; `outcomes` are those of its states."""
-        self.received += batch.size
-        accepted = outcomes.count(ACCEPTED)
-        self.accepted += accepted
-        if accepted < len(outcomes):  # looking for what is hardly ever there takes a tenth of a microsecond a state
-            self.heartbeats += outcomes.count(HEARTBEAT)
-            self.duplicates += outcomes.count(DUPLICATE)
-            self.out_of_order += outcomes.count(OUT_OF_ORDER)
-            self.rejected_capacity += outcomes.count(REJECTED_CAPACITY)
-        self.rejected_source += batch.rejected_source
-        self.last_received_s = batch.received_s
-        for reason in batch.invalid:
-            self.invalid[reason] += 1
-
-    @property
-    def valid_states(self) -> int:
-        """Valid datagrams that were taken."""
-        return self.accepted + self.heartbeats + self.duplicates + self.out_of_order
-
-    @property
-    def invalid_states(self) -> int:
-        """Datagrams that were rejected as invalid."""
-        return sum(self.invalid.values())
 
 
 @dataclass(slots=True)
@@ -96,14 +43,9 @@ class Batch:
     rejected_source: int = 0
     invalid: list[str] = field(default_factory=list)  # a reason each
 
-    @property
-    def size(self) -> int:
-        """How many datagrams it is."""
-        return len(self.states) + self.rejected_source + len(self.invalid)
 
-
-# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic), and its source
-# as JSON text. Replaced as a whole and never changed, so that readers need no lock to see it whole.
+# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic s), and its
+# source as JSON text. Replaced as a whole and never changed, so that readers need no lock to see it whole.
 Visible = tuple[Record, bool, float, bytes]
 
 
@@ -142,8 +84,8 @@ class EngineView(NamedTuple):
         return received_ms(self.visible[0]) - timestamp_ms(self.visible[0])
 
 
-# One engine as plain values: engine_id, the same as JSON text, what is shown, and when it was last heard from,
-# monotonic: then or later.
+# One engine as plain values: engine_id, the same as JSON text, what is shown, and when it was last heard from
+# (monotonic s), which is never earlier than the receipt of the state shown.
 Row = tuple[str, bytes, Visible, float]
 
 
@@ -155,12 +97,8 @@ class PastState(NamedTuple):
 
 
 HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
-NEWS_KEPT_S = 60.0  # for somebody who watched and may come back
-WATCHED_S = 1.0  # since somebody looked, who looks all the time
-_PACKED = 8  # states of a history that are kept as one text
-_OVERHEAD = 48  # bytes of memory of a text besides its characters
-_ONE = b"1"
-_LINE_END = ord("\n")
+CHANGES_KEPT_S = 60.0  # changes go on being noted for this long after the last subscriber left
+SUBSCRIBED_S = 1.0  # a subscriber asks far more often than this
 
 
 class _Engine:
@@ -169,72 +107,79 @@ class _Engine:
     __slots__ = (
         "engine_id",
         "heard_at",
+        "history",
         "last",
         "load",
         "newest",
-        "packed",
         "quoted_id",
-        "recent",
-        "said_stale",
+        "stale_logged",
         "visible",
     )
-
-    heard_at: float  # monotonic, when the last datagram was taken from it
-    last: Record  # the last datagram taken from it
-    load: Record | None  # the newest that is no heartbeat; None: there is none since it restarted or came back
-    newest: Record  # the one with the newest timestamp_ms since it last restarted
-    visible: Visible
 
     def __init__(self, quoted_id: bytes, visible: Visible) -> None:
         self.quoted_id = quoted_id
         self.engine_id = unquote_json(quoted_id)
-        self.heard_at = float("-inf")  # until the datagram is taken that it appears with
-        self.last = self.newest = visible[0]
-        self.load = None
+        self.heard_at = float("-inf")  # monotonic, when the last datagram was taken from it
+        self.last = visible[0]  # the last datagram taken from it
+        self.newest = visible[0]  # the one with the newest timestamp_ms since it last restarted
+        self.load: Record | None = None  # the newest that is no heartbeat, since it last restarted or came back
         self.visible = visible
-        self.packed: list[bytes] = []  # its history, _PACKED states each, the oldest first
-        self.recent: list[Record] = []  # what follows in its history, fewer than _PACKED states
-        self.said_stale = False
-
-    def history_bytes(self) -> int:
-        """How many bytes of memory its history takes."""
-        return sum(map(len, self.packed + self.recent)) + _OVERHEAD * (len(self.packed) + len(self.recent))
+        self.history = History()
+        self.stale_logged = False
 
 
-def _pack(engine: _Engine, history: int) -> int:
-    """Pack the recent states of an engine, and forget what is too old; returns how many bytes of memory that frees."""
-    packed = engine.packed
-    packed.append(pack(engine.recent))
-    engine.recent.clear()
-    freed = (_PACKED - 1) * (_OVERHEAD - 1)  # of each but one the object, less the character in its place
-    return freed + _forget_oldest(packed, 1) if (len(packed) - 1) * _PACKED >= history else freed
+class _LifeLog:
+    """Lines of the daemon's own log about the lives of engines.
+
+    Counted under the store's lock, and logged without it.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.appeared, self.went_stale, self.came_back, self.removed = self._all = [
+            LogThrottle(logger, logging.INFO, what, clock=clock)
+            for what in ("engine appeared", "engine went stale", "engine came back", "engine removed")
+        ]
+
+    def take_due(self) -> list[str]:
+        """The lines to log now."""
+        return [line for line in [throttle.take_due() for throttle in self._all] if line is not None]
 
 
-def _forget_oldest(texts: list[bytes], count: int) -> int:
-    """Forget so many texts of an engine's history; returns how many bytes of memory they took."""
-    freed = sum(map(len, texts[:count])) + count * _OVERHEAD
-    del texts[:count]
-    return freed
+class _ChangeFeed:
+    """What changed since the subscriber asked last. Used under the store's lock, but for `has_subscriber`.
 
+    While nobody asks, nothing is noted: noting who was heard from takes a hundredth of what intake takes.
+    """
 
-def _make_room(engine: _Engine, history: int) -> int:
-    """Forget the oldest of an engine's history, but not its newest state; returns the same."""
-    freed = _pack(engine, history) if len(engine.recent) >= _PACKED else 0
-    if engine.packed:
-        return freed + _forget_oldest(engine.packed, 1)
-    return _forget_oldest(engine.recent, min(2, len(engine.recent) - 1))
+    def __init__(self, max_removed: int, clock: Callable[[], float]) -> None:
+        self.touched: dict[bytes, int] | None = None  # datagrams of each engine; None = nobody subscribes
+        self.removed: list[_Engine] = []
+        self._max_removed = max_removed
+        self._clock = clock
+        self._asked_at = float("-inf")
 
+    def collect(self) -> tuple[dict[bytes, int] | None, list[_Engine]]:
+        """What was noted, None if nothing was; noting begins anew."""
+        touched, self.touched = self.touched, {}
+        removed, self.removed = self.removed, []
+        self._asked_at = self._clock()
+        return touched, removed
 
-def age_ms(now: float, then: float) -> int:
-    """Whole milliseconds since then, 0 where it is not over yet."""
-    # A difference of two floats may be a hair below the millisecond that it is.
-    return int((now - then) * 1000 + 1e-3) if then < now else 0
+    def note_removed(self, engine: _Engine) -> None:
+        """Note that an engine is no more."""
+        if self.touched is not None:
+            self.removed.append(engine)
 
+    def expire(self) -> None:
+        """Stop noting if nobody has asked for long."""
+        if self._clock() - self._asked_at > CHANGES_KEPT_S or len(self.removed) > self._max_removed:
+            self.touched = None
+            self.removed = []
 
-def ages_ms(now: float, heard_at: float, shown_at: float) -> tuple[int, int]:
-    """`age_ms` and `state_age_ms` of an engine; the state shown is never younger than the engine's last sign."""
-    age = age_ms(now, heard_at)
-    return age, max(age, age_ms(now, shown_at))
+    @property
+    def has_subscriber(self) -> bool:
+        """Whether somebody has asked just now; needs no lock, because it reads one attribute."""
+        return self._clock() - self._asked_at < SUBSCRIBED_S
 
 
 def _quoted(engine_id: str) -> bytes:
@@ -242,7 +187,7 @@ def _quoted(engine_id: str) -> bytes:
 
 
 def _rows(engines: Iterable[_Engine]) -> list[Row]:
-    # `shown` is read before `heard_at`, which is at least as new then: they are not read under the lock.
+    # `visible` is read before `heard_at`, which is at least as new then: they are read without the lock.
     return [(engine.engine_id, engine.quoted_id, engine.visible, engine.heard_at) for engine in engines]
 
 
@@ -262,9 +207,7 @@ class StateStore:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stale_ms = stale_threshold_ms
-        self._stale_s = (stale_threshold_ms + 1 - 1e-3) / 1000  # whole milliseconds, as age_ms has them
-        self._expire_ms = expire_after_ms
+        self.freshness = Freshness(stale_threshold_ms, expire_after_ms)
         self._max_engines = max_engines
         self._history = history
         self._clock = clock
@@ -272,96 +215,101 @@ class StateStore:
         self._lock = threading.Lock()
         self._engines: dict[bytes, _Engine] = {}  # by engine_id as JSON text, which is what a datagram has
         self._history_bytes = 0
-        self._changes = 0
+        self._version = 0
         self._counters = DatagramCounters()
         self._watermark = clock()
-        self._heard: dict[bytes, int] | None = None  # how often each since somebody looked; None = nobody looks
-        self._gone: list[_Engine] = []  # who was removed since then
-        self._news_at = float("-inf")  # when somebody looked
-        self._appeared = OncePerMinute(clock)
-        self._went_stale = OncePerMinute(clock)
-        self._returned = OncePerMinute(clock)
-        self._removed = OncePerMinute(clock)
+        self._feed = _ChangeFeed(max_engines, clock)
+        self._life_log = _LifeLog(clock)
 
     def apply(self, batch: Batch) -> list[str]:
-        """Take what the listener received; returns the outcome of each of `batch.states`, in their order."""
-        # One loop for all of it: a call for each state, and its look-ups of attributes, took half as long again.
+        """Take over what the listener received; returns the outcome of each of `batch.states`, in their order."""
+        # One loop for all of it, and only what is rare is a method: a call for each state takes a tenth of the loop.
         now = batch.received_at
-        received = b"%d" % (batch.received_s * 1000)
-        stale_s, stale_ms = self._stale_s, self._stale_ms
-        live_since = now - stale_s
-        history = self._history
-        outcomes = []
+        receipt = encode_receipt(batch.received_s)
+        live_since = self.freshness.live_since(now)
+        history_limit = self._history
+        outcomes, grown = [], 0
+        mark, mark_text, line_end = HEARTBEAT_MARK, MARK_TEXT, LINE_END
         with self._lock:
-            engines, history_bytes, heard = self._engines, self._history_bytes, self._heard
-            crowded = history_bytes > HISTORY_BYTES
-            most_recent = 2 if crowded else _PACKED
-            for fields, source in zip(batch.states, batch.sources, strict=True):
-                quoted_id, stamp, latency, mode, pending, free, total, capacity = fields
-                held = encode_record((stamp, latency, mode, pending, free, total, capacity, received))
-                heartbeat = capacity < _ONE and is_heartbeat(fields)  # no zero begins with a digit from 1 to 9
+            engines, touched = self._engines, self._feed.touched
+            crowded = self._history_bytes > HISTORY_BYTES
+            for texts, source in zip(batch.states, batch.sources, strict=True):
+                quoted_id, stamp = texts[0], texts[1]
+                record = encode_fields(texts[1:]) + receipt
+                heartbeat = texts[mark] == mark_text and is_heartbeat(texts)
                 engine = engines.get(quoted_id)
                 if engine is None:
                     if len(engines) >= self._max_engines:
                         outcomes.append(REJECTED_CAPACITY)
                         continue
-                    engine = engines[quoted_id] = _Engine(quoted_id, (held, heartbeat, now, source))
-                    _count(self._appeared, engine.engine_id)
-                if heard is not None:
-                    heard[quoted_id] = heard.get(quoted_id, 0) + 1
-                live = engine.heard_at > live_since
+                    engine = engines[quoted_id] = _Engine(quoted_id, (record, heartbeat, now, source))
+                    self._life_log.appeared.record("%r", engine.engine_id)
+                if touched is not None:
+                    touched[quoted_id] = touched.get(quoted_id, 0) + 1
+                was_live = engine.heard_at > live_since
                 engine.heard_at = now
-                newest = held
-                if not live:
-                    engine.load = None
-                    if engine.said_stale:
-                        engine.said_stale = False
-                        _count(self._returned, engine.engine_id)
-                # What is newer than all before is none of the following. Digits are compared as they came, if both
-                # stamps have as many: making numbers of them takes a tenth of this loop.
-                elif not (stamp > engine.newest and engine.newest[len(stamp)] == _LINE_END):
-                    if same_state(held, engine.last):
-                        outcomes.append(DUPLICATE)
+                if not was_live:
+                    self._begin_anew(engine)
+                # What is newer than all before needs no second look. Timestamps are compared as they came, if both
+                # have as many digits: making numbers of them takes a tenth of this loop.
+                elif not (stamp > (newest := engine.newest) and newest[len(stamp)] == line_end):
+                    outcome = self._place(engine, record, heartbeat)
+                    if outcome is not None:
+                        if outcome is ACCEPTED:
+                            self._show(engine, (record, heartbeat, now, source), crowded)
+                        outcomes.append(outcome)
                         continue
-                    behind_ms = timestamp_ms(engine.newest) - int(stamp)
-                    if behind_ms > stale_ms:  # an engine that restarted, or whose clock was set
-                        engine.load = None
-                    elif behind_ms > 0:
-                        if heartbeat or (engine.load is not None and timestamp_ms(engine.load) >= int(stamp)):
-                            engine.last = held
-                            outcomes.append(OUT_OF_ORDER)
-                            continue
-                        newest = engine.newest  # only heartbeats overtook this load, and it is newer than what is shown
-                engine.last = held
-                engine.newest = newest
-                if not heartbeat:
-                    engine.load = held
-                else:
+                engine.last = engine.newest = record
+                if heartbeat:
+                    outcomes.append(HEARTBEAT)
                     _, shows_heartbeat, shown_at, _ = engine.visible
-                    if not shows_heartbeat and now - shown_at < stale_s:
-                        # Its placeholders would make a busy engine look idle: the load state stays in the table.
-                        outcomes.append(HEARTBEAT)
-                        continue
-                engine.visible = (held, heartbeat, now, source)
-                if history:
-                    recent = engine.recent
-                    recent.append(held)
-                    history_bytes += len(held) + _OVERHEAD
-                    if len(recent) >= most_recent:
-                        history_bytes -= _make_room(engine, history) if crowded else _pack(engine, history)
-                outcomes.append(HEARTBEAT if heartbeat else ACCEPTED)
-            self._history_bytes = history_bytes
-            self._counters.count(batch, outcomes)
-            self._changes += 1
+                    if not shows_heartbeat and shown_at > live_since:
+                        continue  # its placeholders would make a busy engine look idle: the load state stays
+                else:
+                    outcomes.append(ACCEPTED)
+                    engine.load = record
+                engine.visible = (record, heartbeat, now, source)
+                if history_limit:
+                    grown += engine.history.append(record, history_limit, crowded)
+            self._history_bytes += grown
+            self._counters.count(batch.received_s, outcomes, batch.invalid, batch.rejected_source)
+            self._version += 1
         return outcomes
 
+    def _begin_anew(self, engine: _Engine) -> None:
+        """An engine that appears, or comes back from silence: what it said before does not count for order."""
+        engine.load = None
+        if engine.stale_logged:
+            engine.stale_logged = False
+            self._life_log.came_back.record("%r", engine.engine_id)
+
+    def _place(self, engine: _Engine, record: Record, heartbeat: bool) -> str | None:
+        """The outcome of a datagram of a live engine that is not newer than all before, None if it starts anew."""
+        if same_state(record, engine.last):
+            return DUPLICATE
+        behind_ms = timestamp_ms(engine.newest) - timestamp_ms(record)
+        if behind_ms > self.freshness.stale_ms:  # an engine that restarted, or whose clock was set
+            engine.load = None
+        if not 0 < behind_ms <= self.freshness.stale_ms:
+            return None
+        engine.last = record
+        if heartbeat or (engine.load is not None and timestamp_ms(engine.load) >= timestamp_ms(record)):
+            return OUT_OF_ORDER
+        engine.load = record  # only heartbeats overtook it: it is newer load than what is shown
+        return ACCEPTED
+
+    def _show(self, engine: _Engine, visible: Visible, crowded: bool) -> None:
+        engine.visible = visible
+        if self._history:
+            self._history_bytes += engine.history.append(visible[0], self._history, crowded)
+
     def advance_watermark(self, at: float) -> None:
-        """The listener says that everything that had arrived by `at` (monotonic, s) has been taken.
+        """Say that everything that had arrived by `at` (monotonic, s) has been taken; the listener does.
 
         Nothing is removed for a silence that the gateway was not listening to: after the gateway was paused, what
         waits in the socket is taken before anything is removed.
         """
-        self._watermark = at  # without the lock: one writer, and a reaper that sees the value before it waits a turn
+        self._watermark = at  # no lock: one writer, and a reaper that reads the old value removes one sweep later
 
     def sweep(self) -> int:
         """Remove the engines that expired, and log who came and went; returns how many were removed."""
@@ -369,64 +317,62 @@ class StateStore:
         with self._lock:
             engines = list(self._engines.values())
         # Looked through without the lock, since `heard_at` only moves forward; what is found is checked again under it.
-        heard_until = watermark - self._stale_s
-        silent = [engine for engine in engines if engine.heard_at <= heard_until]
+        live_since = self.freshness.live_since(watermark)
+        silent = [engine for engine in engines if engine.heard_at <= live_since]
         removed = 0
         with self._lock:
             for engine in silent:
                 silence_ms = age_ms(watermark, engine.heard_at)
-                if silence_ms > self._expire_ms:
-                    if self._engines.pop(engine.quoted_id, None) is None:
-                        continue  # by another sweep
-                    self._history_bytes -= engine.history_bytes()
-                    engine.packed, engine.recent = [], []
-                    removed += 1
-                    if self._heard is not None:
-                        self._gone.append(engine)
-                    _count(self._removed, engine.engine_id)
-                elif silence_ms > self._stale_ms and not engine.said_stale:
-                    engine.said_stale = True
-                    _count(self._went_stale, engine.engine_id)
-            self._counters.expired_engines += removed
-            self._changes += removed
-            self._forget_news()
-            changes = [
-                (what, notice.due())
-                for what, notice in (
-                    ("engine appeared", self._appeared),
-                    ("engine went stale", self._went_stale),
-                    ("engine came back", self._returned),
-                    ("engine removed", self._removed),
-                )
-            ]
-        for what, said in changes:
-            if said is not None:
-                logger.info("%s %s", what, said)
+                if self.freshness.is_expired(silence_ms):
+                    if self._engines.get(engine.quoted_id) is engine:  # not removed by another sweep
+                        self._remove(engine)
+                        removed += 1
+                elif not engine.stale_logged and not self.freshness.is_live(silence_ms):
+                    engine.stale_logged = True
+                    self._life_log.went_stale.record("%r", engine.engine_id)
+            self._counters.add("expired_engines", removed)
+            self._feed.expire()
+            lines = self._life_log.take_due()
+        for line in lines:
+            logger.info("%s", line)
         return removed
 
-    def counters(self) -> DatagramCounters:
-        """A copy of the counters of one moment."""
+    def _remove(self, engine: _Engine) -> None:
+        del self._engines[engine.quoted_id]
+        self._history_bytes -= engine.history.nbytes
+        engine.history = History()  # whoever is told of the removal later needs none
+        self._version += 1
+        self._feed.note_removed(engine)
+        self._life_log.removed.record("%r", engine.engine_id)
+
+    def counters(self) -> dict[str, Any]:
+        """The counters of datagrams of one moment, by their names at /stats, and `accepted`."""
         with self._lock:
-            return replace(self._counters, invalid=self._counters.invalid.copy())
+            return self._counters.document()
 
     def counts(self) -> tuple[int, int]:
         """How many engines are live, and how many are known."""
+        engines = self._all()
+        live_since = self.freshness.live_since(self._clock())
+        return len([engine for engine in engines if engine.heard_at > live_since]), len(engines)
+
+    def _all(self) -> list[_Engine]:
         with self._lock:
-            engines = list(self._engines.values())
-        heard_until = self._clock() - self._stale_s
-        return len([engine for engine in engines if engine.heard_at > heard_until]), len(engines)
+            return list(self._engines.values())
+
+    def _one(self, engine_id: str) -> _Engine | None:
+        with self._lock:
+            return self._engines.get(_quoted(engine_id))
 
     def views(self) -> list[EngineView]:
         """Every engine, in the order in which they appeared. The lock is held for one list copy only."""
-        with self._lock:
-            engines = list(self._engines.values())
+        engines = self._all()
         now = self._clock()
         return [self._view(engine, now) for engine in engines]
 
     def snapshot(self) -> tuple[float, list[Row]]:
         """The moment of looking (monotonic), and every engine, as the least that a snapshot takes."""
-        with self._lock:
-            engines = list(self._engines.values())
+        engines = self._all()
         return self._clock(), _rows(engines)
 
     def snapshot_of(self, engine_ids: Iterable[str]) -> tuple[float, list[Row]]:
@@ -437,67 +383,62 @@ class StateStore:
         return self._clock(), _rows(engine for engine in found if engine is not None)
 
     def collect_changes(self) -> tuple[list[tuple[str, int]], list[Row]] | None:
-        """Who was heard from since the last call and is known, how often; before that, who was removed, as they were.
+        """The changes since the previous call: (engine_id, datagrams) of each known engine that was heard from, and the
+        last row of each engine that was removed. Apply the removals first.
 
-        None where that was not noted: at the first call, and where the last one was NEWS_KEPT_S ago. For one reader.
+        None if nothing was noted: at the first call, and if the previous one was CHANGES_KEPT_S ago. There is one
+        subscriber.
         """
         with self._lock:
-            noted, self._heard = self._heard, {}
-            gone, self._gone = self._gone, []
-            self._news_at = self._clock()
+            touched, removed = self._feed.collect()
             known = self._engines
-            heard = [(known[key].engine_id, count) for key, count in (noted or {}).items() if key in known]
-        return None if noted is None else (heard, _rows(gone))
+            heard = [(known[key].engine_id, count) for key, count in (touched or {}).items() if key in known]
+        return None if touched is None else (heard, _rows(removed))
 
     @property
     def has_subscriber(self) -> bool:
-        """Whether somebody has asked for `news` just now."""
-        return self._clock() - self._news_at < WATCHED_S  # without the lock: one attribute, written under it
-
-    def _forget_news(self) -> None:
-        """Stop noting who is heard from, which costs intake a hundredth, once nobody asks for it. Under the lock."""
-        if self._clock() - self._news_at > NEWS_KEPT_S or len(self._gone) > self._max_engines:
-            self._heard = None
-            self._gone = []
+        """Whether somebody has asked for changes just now."""
+        return self._feed.has_subscriber
 
     def stale(self) -> set[str]:
         """The ids of the engines that are stale now."""
-        with self._lock:
-            engines = list(self._engines.values())
-        heard_until = self._clock() - self._stale_s
-        return {engine.engine_id for engine in engines if engine.heard_at <= heard_until}
+        engines = self._all()
+        live_since = self.freshness.live_since(self._clock())
+        return {engine.engine_id for engine in engines if engine.heard_at <= live_since}
 
     def changes(self) -> int:
         """A number that is another one after each change of what `views` shows, but for the passing of time."""
-        return self._changes  # without the lock: one int, written under it
+        return self._version  # without the lock: one int, written under it
 
     def view(self, engine_id: str) -> EngineView | None:
-        """One engine, or None where it is not known."""
-        with self._lock:
-            engine = self._engines.get(_quoted(engine_id))
+        """One engine, or None if it is not known."""
+        engine = self._one(engine_id)
         return None if engine is None else self._view(engine, self._clock())
 
     def history(self, engine_id: str) -> list[PastState] | None:
-        """The states that the table showed for an engine, oldest first; None where it is not known."""
+        """The states that the table showed for an engine, oldest first; None if it is not known."""
+        past = self.history_records(engine_id)
+        return (
+            None
+            if past is None
+            else [PastState(decode_state(engine_id, record), received_ms(record)) for record in past]
+        )
+
+    def history_records(self, engine_id: str) -> list[Record] | None:
+        """The same as records."""
         with self._lock:
             engine = self._engines.get(_quoted(engine_id))
             if engine is None:
                 return None
-            packed, recent = engine.packed.copy(), engine.recent.copy()
-        past = [held for text in packed for held in unpack(text)] + recent
-        return [PastState(decode_state(engine_id, held), received_ms(held)) for held in past[-self._history :]]
+            history = engine.history.copy()
+        return history.records()[-self._history :] if self._history else []
 
     def _view(self, engine: _Engine, now: float) -> EngineView:
-        # Without the lock: `shown` is replaced as a whole, and `heard_at`, read after it, is at least as new.
-        shown = engine.visible
-        ages = ages_ms(now, engine.heard_at, shown[2])
-        status = LIVE if ages[0] <= self._stale_ms else STALE
-        return EngineView(engine.engine_id, status, *ages, shown)
-
-
-def _count(notice: OncePerMinute, engine_id: str) -> None:
-    if notice.add():
-        notice.example(repr(engine_id))
+        # Without the lock: `visible` is replaced as a whole, and `heard_at`, read after it, is at least as new.
+        visible = engine.visible
+        ages = ages_ms(now, engine.heard_at, visible[2])
+        status = LIVE if self.freshness.is_live(ages[0]) else STALE
+        return EngineView(engine.engine_id, status, *ages, visible)
 
 
 class Reaper:

@@ -66,7 +66,6 @@ class Watch:
     def __init__(
         self,
         store: StateStore,
-        stale_ms: int,
         *,
         instance: str = "",
         clock: Callable[[], float] = time.monotonic,
@@ -74,7 +73,7 @@ class Watch:
     ) -> None:
         self._store = store
         self._clock = clock
-        self.ages_json = AgesJson(stale_ms)  # the query server's other answers use it too
+        self.ages_json = AgesJson(store.freshness)  # the query server's other answers use it too
         # Event ids are a number and the gateway's instance. The numbers grow over its restarts too, because none has a
         # million events a second for long; the instance says whose they are.
         self._number = self._complete_from = int(wall_clock() * 1e6)

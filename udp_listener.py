@@ -25,12 +25,13 @@ from engine_state import (
     quote_json,
     unquote_json,
 )
+from gateway_counters import ACCEPTED, REJECTED_CAPACITY, UNLOGGED
 from intake_progress import LOW_LATENCY_DELAY_S, MAX_DELAY_S, Pacing, ReadBarrier, Watermark
 from kernel_drops import KernelDrops
 from log_throttle import LogThrottle
 from sockets import SocketLost, bind_anew, format_address, granted_receive_buffer
 from state_log import StateLog
-from state_store import ACCEPTED, DUPLICATE, REJECTED_CAPACITY, Batch, StateStore
+from state_store import Batch, StateStore
 from udp_receiver import MAX_BATCH_DATAGRAMS, Receiver, make_receiver, unpack_address
 from wake_up import WakeUp
 
@@ -253,7 +254,7 @@ class UdpListener:
         if self._log is not None:
             logged_sources = batch.sources
             if outcomes.count(ACCEPTED) < len(outcomes):
-                kept = [outcome is not DUPLICATE and outcome is not REJECTED_CAPACITY for outcome in outcomes]
+                kept = [outcome not in UNLOGGED for outcome in outcomes]
                 texts, logged_sources = list(compress(texts, kept)), list(compress(batch.sources, kept))
             self._log.append(batch.received_s, texts, logged_sources)
         self._note(batch, outcomes)

@@ -65,7 +65,7 @@ class QueryCase(unittest.TestCase):
         self.clock = FakeClock()
         self.store = StateStore(2000, 6000, 1000, 3, clock=self.clock)
         self.gateway = AnyGateway()
-        self.query = Query(self.store, self.gateway, Watch(self.store, 2000, clock=self.clock), clock=self.clock)
+        self.query = Query(self.store, self.gateway, Watch(self.store, clock=self.clock), clock=self.clock)
 
     def take(self, **changes: Any) -> None:
         self.store.apply(batch(self.clock(), WALL_S, datagram(**changes)))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from http_message import QueryError
 from state_query import Query
-from state_store import NEWS_KEPT_S, StateStore
+from state_store import CHANGES_KEPT_S, StateStore
 from state_watch import (
     COMMENT_INTERVAL_S,
     MAX_EVENTS_PER_READ,
@@ -110,7 +110,7 @@ class WatchCase(unittest.TestCase):
         self.store = StateStore(2000, 6000, self.max_engines, 3, clock=self.clock)
         self.store.advance_watermark(self.clock())
         self.watch = Watch(
-            self.store, 2000, instance="0123456789abcdef", clock=self.clock, wall_clock=lambda: 1_795_000_000.0
+            self.store, instance="0123456789abcdef", clock=self.clock, wall_clock=lambda: 1_795_000_000.0
         )
         self.gateway = AnyGateway()
         self.query = Query(self.store, self.gateway, self.watch)
@@ -280,7 +280,7 @@ class Order(WatchCase):
     def test_numbers_grow_over_a_restart_of_the_gateway(self) -> None:
         numbers = []
         for wall_s in (1e9, 1e9 + 0.1):
-            restarted = Watch(self.store, 2000, instance="x", wall_clock=lambda wall_s=wall_s: wall_s)  # type: ignore[misc]
+            restarted = Watch(self.store, instance="x", wall_clock=lambda wall_s=wall_s: wall_s)  # type: ignore[misc]
             reader = restarted.open(lambda: b"{}\n", (), 0, "")
             assert reader is not None
             numbers.append(parse(reader.read())[0].number)
@@ -346,9 +346,7 @@ class Resuming(WatchCase):
 
     def test_an_id_of_another_gateway_that_was_started_at_the_same_time_gets_a_snapshot(self) -> None:
         """Its numbers are in the same range: both began with the time of the day."""
-        other = Watch(
-            self.store, 2000, instance="fedcba9876543210", clock=self.clock, wall_clock=lambda: 1_795_000_000.0
-        )
+        other = Watch(self.store, instance="fedcba9876543210", clock=self.clock, wall_clock=lambda: 1_795_000_000.0)
         reader = self.watching()
         self.push("a", "b", "c")
         told = self.read(reader)
@@ -362,7 +360,7 @@ class Resuming(WatchCase):
         self.push("a")
         last = self.read(reader)[-1].id
         reader.close()
-        self.move(NEWS_KEPT_S + 1)
+        self.move(CHANGES_KEPT_S + 1)
         self.push("b")
         (event,) = self.read(self.open(last_event_id=last))
         self.assertEqual((event.kind, list(event.data["engines"])), ("snapshot", ["b"]))
