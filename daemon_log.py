@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 PERIOD_S = 60.0
 EXAMPLES = 3
-QUEUED_LINES = 1000
+MAX_QUEUED_LINES = 1000
 
 
 class OncePerMinute:
@@ -54,7 +54,7 @@ class _QueueingHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: queue.Queue[bytes | None] = queue.Queue(QUEUED_LINES)
+        self.lines: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED_LINES)
         self.dropped = 0  # counted by whoever logs and by the writer: one may be missed, none is invented
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -225,7 +225,7 @@ class LogFile:
         self._is_regular = is_regular
 
     def _lock(self, fd: int) -> None:
-        if fcntl is None or self.name.startswith(_NO_PLACES):
+        if fcntl is None:
             return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from daemon_log import OncePerMinute
 from http_message import Answer, BadRequest, Request, ResponseHeads, Stream, error_answer
+from log_throttle import LogThrottle
 from query_connection import RESERVE_CONNECTIONS, RESPONSE_DEADLINE_S, Connection, Phase, Places, TurnQueue
 from sockets import SocketLost, bind_anew, format_address
 from wake_up import WakeUp
@@ -74,39 +74,32 @@ class Counters:
         self.requests = 0
         self.closed_idle = 0  # connections that asked nothing, closed to make room
         self.rejections = dict.fromkeys(REJECTIONS, 0)
-        self._notice = OncePerMinute(clock)
-        self._bugs = OncePerMinute(clock)
-        self._destroyed = OncePerMinute(clock)
+        self._notice = LogThrottle(logger, logging.WARNING, "turned away or cut off connections", clock=clock)
+        self._bugs = LogThrottle(logger, logging.ERROR, "could not answer requests", clock=clock)
+        self._destroyed = LogThrottle(
+            logger, logging.WARNING, "listening sockets were destroyed, and are bound anew", clock=clock
+        )
 
     def reject(self, reason: str, what: str) -> None:
         """Count a connection that was turned away or cut off; `what` says who, or why."""
         self.rejections[reason] += 1
-        if self._notice.add():
-            self._notice.example(f"{reason} {what}")
+        self._notice.record("%s %s", reason, what)
         self.flush()
 
     def record_bug(self, what: str) -> None:
         """Keep the traceback of the exception that is being handled."""
-        if self._bugs.add():
-            self._bugs.example(f"{what}\n{traceback.format_exc()}")
+        self._bugs.record("%s\n%s", what, traceback.format_exc())
         self.flush()
 
     def record_destroyed(self, what: str) -> None:
         """Note a listening socket that was destroyed from outside."""
-        if self._destroyed.add():
-            self._destroyed.example(what)
+        self._destroyed.record("%s", what)
         self.flush()
 
     def flush(self) -> None:
         """Log what is due."""
-        for level, what, notice in (
-            (logging.WARNING, "turned away or cut off connections", self._notice),
-            (logging.ERROR, "could not answer requests", self._bugs),
-            (logging.WARNING, "listening sockets were destroyed, and are bound anew", self._destroyed),
-        ):
-            said = notice.due()
-            if said is not None:
-                logger.log(level, "%s %s", what, said)
+        for notice in (self._notice, self._bugs, self._destroyed):
+            notice.flush()
 
 
 class Acceptor:

@@ -131,7 +131,7 @@ class BothLanguages(unittest.TestCase):
                 [read_config({}).http_idle_timeout_s],
                 [state_watch.MAX_READERS],
                 [query_server.MAX_UNSENT_BYTES >> 20],
-                [daemon_log.QUEUED_LINES],
+                [daemon_log.MAX_QUEUED_LINES],
             ],
         )
 
