@@ -41,7 +41,6 @@ logger = logging.getLogger("elrar.log")
 ROTATE_RETRY_S = 60.0
 LOCK_RETRY_S = 0.05
 WRITE_BYTES = 1024 * 1024  # at most in one system call, so that a slow disk is seen to move
-MAX_BACKUP_NUMBER = 9999
 _STANDARD_STREAMS = {
     "-": 1,
     **{f"{folder}/{name}": fd for folder, name, fd in (("/dev", "stdout", 1), ("/dev", "stderr", 2))},
@@ -254,9 +253,10 @@ class LogFile:
         fd = os.open(new, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             self._lock(fd)
-            for number in range(self._backups - 1, 0, -1):
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(f"{path}.{number}", f"{path}.{number + 1}")
+            for number in sorted(_rotated_files(path), reverse=True):
+                if number < self._backups:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(f"{path}.{number}", f"{path}.{number + 1}")
             if self._backups:
                 _name_too(path, f"{path}.1")
             os.replace(new, path)
@@ -271,15 +271,12 @@ class LogFile:
 
     def _remove_surplus(self) -> None:
         """Remove the rotated files that are more than LOG_BACKUPS, which was larger once."""
-        folder, name = os.path.split(self._real_path())
-        rotated = re.compile(re.escape(name) + r"\.([1-9][0-9]{0,3})")
+        path = self._real_path()
         try:
-            for other in os.listdir(folder):
-                match = rotated.fullmatch(other)
-                path = os.path.join(folder, other)
-                if match and int(match[1]) > self._backups and not _is_folder(path):
+            for number in _rotated_files(path):
+                if number > self._backups and not _is_folder(f"{path}.{number}"):
                     with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path)
+                        os.unlink(f"{path}.{number}")
         except OSError as error:
             if not self._removal_failed:
                 logger.error(
@@ -371,6 +368,13 @@ def _is_same_file(path: str, fd: int) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _rotated_files(path: str) -> list[int]:
+    """The numbers of the files that the log at `path` was rotated to."""
+    folder, name = os.path.split(path)
+    rotated = re.compile(re.escape(name) + r"\.([1-9][0-9]{0,3})")
+    return [int(match[1]) for match in map(rotated.fullmatch, os.listdir(folder)) if match]
 
 
 def _is_folder(path: str) -> bool:
