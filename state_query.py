@@ -286,6 +286,8 @@ _BY_PATH = {route.path: route for route in ROUTES}
 
 def find_route(path: str) -> tuple[Route, str | None]:
     """The route of a path, and the engine_id in the path, still encoded; raises QueryError for an unknown path."""
+    if path.startswith("//"):  # what some proxies make of a path below theirs
+        path = "/" + (path.lstrip("/") or "/")
     route = _BY_PATH.get(path)
     if route is not None:
         return route, None

@@ -78,8 +78,12 @@ class File(unittest.TestCase):
         for name, value in re.findall(r"\s(href|src|action|srcset|data|poster)=\"([^\"]*)", markup()):
             self.assertRegex(value, r"^(#|data:image/svg\+xml,)", name)
         self.assertNotRegex(element("style"), r"url\(|@import|@font-face")
-        asked = re.findall(r"""(?:fetch|EventSource|ask)\(\s*["'`]([^"'`$?]*)""", element("script"))
-        self.assertEqual(set(asked), {"watch", "engines", "stats", "livez"})
+        script = element("script")
+        asked = re.findall(r"""(?:\bask\(\s*|=> )["'`](\w+)(?:\?\w+=)?["'`]""", script)
+        self.assertEqual(set(asked), {"engines", "history", "stats", "livez"})
+        begun = re.findall(r"(?:fetch|EventSource)\(([^,)]*)", script)
+        self.assertEqual(begun, ["PLACE + path", "`${PLACE}watch?min_interval_ms=${interval}`"])
+        self.assertRegex(script, r'const PLACE = .* \? "\./" : `\./')
 
 
 class Strings(unittest.TestCase):
