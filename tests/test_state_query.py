@@ -181,6 +181,9 @@ class Engines(QueryCase):
         self.assertEqual([state["pending_tokens_total"] for state in past], [2, 3, 4])
         self.assertEqual(past[-1], {**fields(timestamp_ms=4, pending_tokens_total=4), "received_ms": 1755532567500})
 
+    def test_a_slash_too_many_at_the_beginning_is_what_proxies_make_of_a_path_below_theirs(self) -> None:
+        self.assertEqual(self.get("//version"), self.get("/version"))
+
     def test_what_is_not_there_is_404_and_what_is_no_question_400(self) -> None:
         for target in ("/nope", "//", "/..", "/engines/nobody", "/engines/", "/engines/nobody/history", "/engines/%00"):
             with self.subTest(target):
