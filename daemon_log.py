@@ -61,7 +61,7 @@ class _QueueingHandler(logging.Handler):
         try:
             line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
             self.lines.put_nowait(line)
-        except queue.Full:
+        except (queue.Full, MemoryError):
             self.dropped += 1
         except Exception:
             self.handleError(record)

@@ -11,6 +11,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(_TOO_OLD)
     raise RuntimeError(_TOO_OLD)
 
+import errno
 import os
 import signal
 
@@ -22,6 +23,16 @@ if __name__ == "__main__":
     _FOLDER = os.path.dirname(os.path.realpath(__file__))
     if sys.path[:1] != [_FOLDER]:
         sys.path.insert(0, _FOLDER)
+
+    def _end_with_a_sentence(kind: Any, error: BaseException, traceback: Any) -> None:
+        """A limit may be reached while the modules are imported: that is no bug, and has no use for a traceback."""
+        used_up = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in used_up:
+            os.write(2, b"the state gateway ends, its limit on memory or open files is too low (ulimit -v, -n)\n")
+        else:
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = _end_with_a_sentence
 
 import argparse
 import contextlib
@@ -50,14 +61,16 @@ if TYPE_CHECKING or not __package__ or __name__ == "__main__":
     from embedded_gateway import get_state_gateway
     from engine_state import EngineState
     from sockets import format_address, listen_address
-    from state_gateway import VERSION, StartError, StateGateway
+    from start_errors import StartError, cannot_have
+    from state_gateway import VERSION, StateGateway
     from systemd_notify import SystemdNotify
 else:  # the folder is part of a router's package, which wants these only
     importlib.import_module(".package_imports", __package__).install(__package__)
     from .config import ConfigError
     from .embedded_gateway import get_state_gateway
     from .engine_state import EngineState
-    from .state_gateway import VERSION, StartError, StateGateway
+    from .start_errors import StartError
+    from .state_gateway import VERSION, StateGateway
 
 __all__ = ["VERSION", "ConfigError", "EngineState", "StartError", "StateGateway", "get_state_gateway"]
 
@@ -127,18 +140,22 @@ class _Exits:
 def _run_daemon(config: Config) -> int:
     _occupy_standard_descriptors()
     faulthandler.enable(2)  # a crash, or systemd's watchdog, shows where every thread was
-    exits = _Exits()
-    daemon_log = DaemonLog(config.log_level)
+    try:
+        exits = _Exits()
+        daemon_log = DaemonLog(config.log_level)
+    except (OSError, RuntimeError, MemoryError) as error:
+        _complain(cannot_have(error))
+        return 1
     try:
         for line in unknown_variables(os.environ):
             logger.warning("%s", line)
         gateway = StateGateway(config, on_death=exits.thread_died, own_log_dropped=lambda: daemon_log.dropped)
         try:
             gateway.open()
+            gateway.start()
         except StartError as error:
             logger.error("%s", error)
             return 1
-        gateway.start()
         logger.info("ready: %s", gateway.describe())
         systemd = SystemdNotify(os.environ)
         systemd.ready(gateway.describe())

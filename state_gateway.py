@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from component_thread import ComponentThread, MemoryReserve
 from config import BROADCAST, PREFIX, UNICAST, Config
 from engine_state import EngineState
 from gateway_counters import FINAL_COUNTERS, section
-from log_file import LogInUse, standard_stream
+from late_query_server import LateQueryServer
+from log_file import standard_stream
+from pause_meter import PauseMeter
 from query_server import QueryServer, counters_document
 from sockets import (
-    SocketLost,
     format_address,
     granted_receive_buffer,
     is_ipv6_only,
@@ -30,8 +32,9 @@ from sockets import (
     open_tcp_sockets,
     open_udp_sockets,
 )
+from start_errors import StartError, cannot_have, cannot_listen, cannot_log
 from state_entry import entry
-from state_log import LogCounters, StateLog
+from state_log import LOCK_TIMEOUT_S, LogCounters, StateLog
 from state_query import Query
 from state_store import Reaper, StateStore
 from state_watch import Watch
@@ -43,48 +46,9 @@ STUCK_AFTER_S = 10.0
 LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
 CATCH_UP_S = 0.005  # that an answer waits, at most, for what had arrived before it was asked for
 BIND_PATIENCE_S = 0.5
-PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
+MAX_PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
 
 logger = logging.getLogger("elrar.gateway")
-
-
-class StartError(Exception):
-    """Something could not be opened; the text says what, why, and what to do."""
-
-
-class _Part:
-    """A component and its thread."""
-
-    def __init__(self, name: str, component: Any, on_end: Callable[[str, bool], None], stuck_after_s: float) -> None:
-        self.name = name
-        self.component = component
-        self._on_end = on_end
-        self._stuck_after_s = stuck_after_s
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def _run(self) -> None:
-        failed = False
-        try:
-            self.component.run()
-        except SocketLost as error:
-            failed = True
-            logger.critical("%s thread=%s", error, self.name)
-        except BaseException:
-            failed = True
-            logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
-        self._on_end(self.name, failed)
-
-    def moves(self, now: float) -> bool:
-        """Whether the thread is alive and has lately got round to its loop."""
-        return self.thread.is_alive() and now - self.component.moved_at < self._stuck_after_s
-
-    def stop(self, timeout_s: float) -> bool:
-        """Stop the component and wait for its thread; False where it has not ended in time."""
-        self.component.stop()
-        if self.thread.ident is not None and self.thread is not threading.current_thread():
-            self.thread.join(timeout_s)
-            return not self.thread.is_alive()
-        return True
 
 
 class StateGateway:
@@ -97,16 +61,22 @@ class StateGateway:
         self,
         config: Config,
         *,
+        embedded: bool = False,
         on_death: Callable[[str], None] | None = None,
         own_log_dropped: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`on_death` is called with a thread's name when it dies; without it the gateway shuts itself down then."""
+        """`on_death` is called with a thread's name when it dies; without it the gateway shuts itself down then.
+
+        `embedded`: in a router's process, the table comes first. A log that cannot be opened, or a TCP port that is
+        taken, is logged and tried again while states are received, and `open` waits for nobody.
+        """
         self.config = config
+        self._embedded = embedded
         self._on_death = on_death
         self._own_log_dropped = own_log_dropped
-        self._clock = clock
+        self._clock = clock = PauseMeter(clock)
         self._wall_clock = wall_clock
         self._instance = secrets.token_hex(8)
         self._started_at = clock()
@@ -116,7 +86,8 @@ class StateGateway:
         self._died_of: str | None = None
         self._shutdown_lock = threading.Lock()  # held for the whole of a shutdown, so that a second one waits for it
         self._is_shut_down = False
-        self._parts: list[_Part] = []
+        self._parts: list[ComponentThread] = []
+        self._memory_reserve = MemoryReserve()
         self._store = StateStore(
             config.stale_threshold_ms, config.expire_after_ms, config.max_engines, config.history, clock=clock
         )
@@ -124,7 +95,7 @@ class StateGateway:
         self._sockets: list[socket.socket] = []
         self._http_sockets: list[socket.socket] = []
         self._log: StateLog | None = None
-        self._http: QueryServer | None = None
+        self._http: QueryServer | LateQueryServer | None = None
         self.udp_port = config.udp_port  # the numbers that are really bound, once it is open
         self.http_port = config.http_port
 
@@ -142,8 +113,8 @@ class StateGateway:
             with contextlib.ExitStack() as opened:
                 self._open(opened)
                 opened.pop_all()
-        except OSError as error:
-            raise StartError(f"cannot start: {error}") from error
+        except (OSError, MemoryError) as error:
+            raise StartError(cannot_have(error)) from error
 
     def _open(self, opened: contextlib.ExitStack) -> None:
         config = self.config
@@ -158,9 +129,8 @@ class StateGateway:
             )
         self._report_receive_buffer()
         self._log_path = config.log_file
-        if standard_stream(self._log_path) is None:
-            self._log_path = os.path.abspath(self._log_path)  # now, since the working folder may go away or change
         if config.enable_log:
+            self._log_path = self._absolute_log_path()
             self._log = self._open_log()
             opened.callback(self._log.abandon)
         self._listener = UdpListener(
@@ -168,33 +138,42 @@ class StateGateway:
             self._store,
             self._log,
             allowed_sources=config.allowed_sources,
-            low_latency=self._on_death is None,  # in a router's process
+            low_latency=self._embedded,
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
         opened.callback(self._listener.abandon)
         reaper = Reaper(self._store, config.expire_after_ms, clock=self._clock)
         parts = [
-            _Part("udp-listener", self._listener, self._thread_ended, STUCK_AFTER_S),
-            _Part("reaper", reaper, self._thread_ended, STUCK_AFTER_S),
+            self._thread("udp-listener", self._listener, STUCK_AFTER_S),
+            self._thread("reaper", reaper, STUCK_AFTER_S),
         ]
         if self._log is not None:
-            parts.append(_Part("state-log", self._log, self._thread_ended, LOG_STUCK_AFTER_S))
-        if self._http_sockets:
-            query = Query(self._store, self, self._watch, clock=self._clock)
-            self._http = QueryServer(
-                self._http_sockets,
-                query,
-                idle_timeout_s=config.http_idle_timeout_s,
-                clock=self._clock,
-                wall_clock=self._wall_clock,
+            parts.append(self._thread("state-log", self._log, LOG_STUCK_AFTER_S))
+        if config.http_port is not None:
+            self._http = (
+                self._make_query_server(self._http_sockets)
+                if self._http_sockets
+                else LateQueryServer(self._bind_http, self._make_query_server, clock=self._clock)
             )
-            parts.append(_Part("query-server", self._http, self._thread_ended, STUCK_AFTER_S))
+            parts.append(self._thread("query-server", self._http, STUCK_AFTER_S))
         self._parts = parts
 
+    def _thread(self, name: str, component: Any, stuck_after_s: float) -> ComponentThread:
+        return ComponentThread(name, component, self._thread_ended, stuck_after_s, self._memory_reserve)
+
+    def _make_query_server(self, http_sockets: list[socket.socket]) -> QueryServer:
+        return QueryServer(
+            http_sockets,
+            Query(self._store, self, self._watch, clock=self._clock),
+            idle_timeout_s=self.config.http_idle_timeout_s,
+            clock=self._clock,
+            wall_clock=self._wall_clock,
+        )
+
     def _bind_ports_patiently(self) -> None:
-        """Bind the ports, and give a gateway that is just stopping half a second to let go of them."""
-        deadline = time.monotonic() + BIND_PATIENCE_S
+        """Bind the ports; the daemon gives one that is just stopping half a second to let go of them."""
+        deadline = time.monotonic() + (0 if self._embedded else BIND_PATIENCE_S)
         while True:
             try:
                 self._bind_ports()
@@ -206,29 +185,39 @@ class StateGateway:
                 time.sleep(0.05)
 
     def _bind_ports(self) -> None:
-        """Bind the UDP sockets, and those for HTTP if it is wanted."""
+        """Bind the UDP sockets, and those for HTTP if it is wanted and need not be bound later."""
         config = self.config
         any_number_for_both = config.udp_port == 0 and config.http_follows_udp
-        for remaining in range(PORT_TRIES if any_number_for_both else 1, 0, -1):
+        for remaining in range(MAX_PORT_TRIES if any_number_for_both else 1, 0, -1):
             try:
                 self._sockets = open_udp_sockets(self.address, config.udp_port, config.receive_buffer)
             except OSError as error:
-                raise StartError(_cannot_listen("UDP", self.address, config.udp_port, error)) from error
+                raise StartError(cannot_listen("UDP", self.address, config.udp_port, error)) from error
             self.udp_port = self._sockets[0].getsockname()[1]
             if config.http_port is None:
                 return
-            http_port = self.udp_port if config.http_follows_udp else config.http_port
+            if config.http_follows_udp:
+                self.http_port = self.udp_port
             try:
-                self._http_sockets = open_tcp_sockets(self.address, http_port)
+                self._http_sockets = self._bind_http()
+                return
             except OSError as error:
+                assert self.http_port is not None
+                text = cannot_listen("TCP", self.address, self.http_port, error)
+                if self._embedded and remaining == 1:
+                    logger.error("%s. States are received meanwhile, and it is tried again every second", text)
+                    return
                 for sock in self._sockets:
                     sock.close()
                 if error.errno != errno.EADDRINUSE or remaining == 1:
-                    raise StartError(_cannot_listen("TCP", self.address, http_port, error)) from error
-            else:
-                self.http_port = self._http_sockets[0].getsockname()[1]
-                return
+                    raise StartError(text) from error
         raise AssertionError  # the last try returns or raises
+
+    def _bind_http(self) -> list[socket.socket]:
+        assert self.http_port is not None
+        http_sockets = open_tcp_sockets(self.address, self.http_port)
+        self.http_port = http_sockets[0].getsockname()[1]
+        return http_sockets
 
     def _report_receive_buffer(self) -> None:
         granted = granted_receive_buffer(self._sockets[0])
@@ -253,11 +242,26 @@ class StateGateway:
             wall_clock=self._wall_clock,
         )
         try:
-            log.open("gateway_started", self.describe(), **self._identity())
+            # A router's thread is not held up for a log that another process has locked.
+            lock_timeout_s = 0 if self._embedded else LOCK_TIMEOUT_S
+            log.open("gateway_started", self.describe(), lock_timeout_s=lock_timeout_s, **self._identity())
         except OSError as error:
-            raise StartError(_cannot_log(log.path, error)) from error
+            text = cannot_log(log.path, error)
+            if not self._embedded:
+                raise StartError(text) from error
+            logger.error("%s. States are received meanwhile, and it is tried again every second", text)
+            log.open_later("gateway_started", self.describe(), **self._identity())
         self._log_path = log.path
         return log
+
+    def _absolute_log_path(self) -> str:
+        """Absolute from the start on, since the working folder may go away or change."""
+        if standard_stream(self.config.log_file) is not None:
+            return self.config.log_file
+        try:
+            return os.path.abspath(self.config.log_file)
+        except FileNotFoundError as error:  # the working folder is gone already
+            raise StartError(cannot_log(self.config.log_file, error)) from error
 
     def start(self) -> None:
         """Start every thread; everything is open by now."""
@@ -265,8 +269,11 @@ class StateGateway:
         try:
             for part in self._parts:
                 part.thread.start()
-        except BaseException:
+        except BaseException as error:
+            self._memory_reserve.release()
             self.shutdown()
+            if isinstance(error, (RuntimeError, MemoryError)):  # which is what Thread.start raises
+                raise StartError(cannot_have(error)) from error
             raise
 
     def describe(self) -> str:
@@ -297,6 +304,16 @@ class StateGateway:
     def died_of(self) -> str | None:
         """The name of the thread that died, if one has."""
         return self._died_of
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was shut down, or one of its threads died."""
+        return self._stopping or self._died_of is not None
+
+    @property
+    def log_path(self) -> str:
+        """Where the state log is, or would be."""
+        return self._log_path
 
     def shutdown(self) -> None:
         """Stop: intake first, then the log once it has everything, then the answers. Within 5 s; twice is harmless."""
@@ -435,46 +452,8 @@ class StateGateway:
 
     def threads(self) -> dict[str, bool]:
         """For each thread, by name, whether it is alive and moving."""
-        now = self._clock()
-        # After a pause of the whole process every thread is late for a moment, and none is stuck.
-        resumed = self._http is not None and now - self._http.resumed_at < 1.0
-        return {part.name: part.moves(now) or (resumed and part.thread.is_alive()) for part in self._parts}
+        return {part.name: part.is_making_progress(self._clock) for part in self._parts}
 
     def is_ready(self) -> bool:
         """Whether everything is open and nothing is stopping."""
         return self._ready
-
-
-def _cannot_listen(protocol: str, address: str, port: int, error: OSError) -> str:
-    variable = PREFIX + ("UDP_PORT" if protocol == "UDP" else "HTTP_PORT")
-    problem = f"cannot listen on {protocol} {format_address(address, port)}: {error.strerror}"
-    if error.errno == errno.EADDRINUSE:
-        flag = "u" if protocol == "UDP" else "t"
-        return (
-            f"{problem}; another process has the port, perhaps another gateway: see which with"
-            f" `ss -l{flag}np 'sport = :{port}'` or `lsof -i :{port}` as root, stop it, or set another {variable}."
-            " Where another process of the same router runs the gateway, that one can be read over HTTP at /engines"
-        )
-    if error.errno == errno.EADDRNOTAVAIL:
-        return (
-            f"{problem}; no interface of this host has that address: `ip addr` shows those that there are, and"
-            f" {PREFIX}BIND_ADDRESS=0.0.0.0 listens on all of them"
-        )
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{problem}; a port below 1024 needs root or CAP_NET_BIND_SERVICE: set {variable} to 1024 or above"
-    return f"{problem}; see {PREFIX}BIND_ADDRESS and {variable}"
-
-
-def _cannot_log(path: str, error: OSError) -> str:
-    problem = f"cannot open the state log {path}: {error.strerror}"
-    if isinstance(error, LogInUse):
-        return (
-            f"{problem}; two that write to one log would lose lines: see which process it is with `fuser -v {path}` or"
-            f" `lsof {path}`, stop it, or set another {PREFIX}LOG_FILE"
-        )
-    if error.errno == errno.ENXIO:
-        problem += " (a FIFO that nobody reads, or a socket)"
-    return (
-        f"{problem}; set {PREFIX}LOG_FILE to a file that this user can write, with room on its disk, or"
-        f" {PREFIX}ENABLE_LOG=false"
-    )

@@ -138,6 +138,11 @@ class Trouble:
         """Do not wait for the next second."""
         self._retry_at = self._clock()
 
+    def began_and_was_logged(self) -> None:
+        """The first try has failed, and the caller has logged it."""
+        self._retry_at = self._clock() + RETRY_INTERVAL_S
+        self._is_failing = self._is_logged = True
+
     def failed(self, error: OSError) -> None:
         """A try has failed."""
         self._retry_at = self._clock() + RETRY_INTERVAL_S
@@ -204,6 +209,12 @@ class StateLog:
             self._take_unfinished_line_back()
             self._target.close()
             raise
+
+    def open_later(self, event: str, message: str, **fields: object) -> None:
+        """Leave it to `run` to open the file and write the first line, after `open` failed; it tries every second."""
+        if not self._unwritten:
+            self._unwritten.append(self._event(event, message, fields))
+        self._trouble.began_and_was_logged()
 
     def append(self, received_s: float, states: Sequence[bytes], sources: Sequence[bytes]) -> None:
         """Buffer the lines of states that were received at `received_s` (s since the epoch).

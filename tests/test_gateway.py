@@ -21,6 +21,7 @@ from unittest import mock
 import embedded_gateway
 from config import ConfigError, read_config
 from gateway import VERSION, StartError, StateGateway, get_state_gateway
+from sockets import open_udp_sockets
 from tests.harness import (
     DEADLINE_S,
     TOP,
@@ -350,7 +351,10 @@ class FromPython(GatewayCase):
             embedded_gateway._process_gateway.shutdown()
         embedded_gateway._process_gateway = None
 
-    def get(self, **settings: object) -> StateGateway:
+    def get(self, *, forgetful: bool = True, **settings: object) -> StateGateway:
+        """The gateway of this process; `forgetful`: without memory of a start that failed just now."""
+        if forgetful:
+            embedded_gateway._last_failure = None
         with environment(**{**LOOPBACK, "LOG_FILE": self.log_file, **settings}):
             return get_state_gateway()
 
@@ -403,8 +407,30 @@ class FromPython(GatewayCase):
         with self.assertRaises(ConfigError):
             self.get(UDP_PORT="abc")
         with self.assertRaises(StartError):
-            self.get(LOG_FILE=self.folder)
+            self.get(BIND_ADDRESS="192.0.2.1")
         self.assertTrue(self.get().is_ready())
+
+    def test_a_start_that_failed_is_not_tried_again_at_each_request(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+            with (
+                mock.patch("state_gateway.open_udp_sockets", wraps=open_udp_sockets) as tries,
+                mock.patch("time.sleep") as sleep,
+            ):
+                for _ in range(20):
+                    with self.assertRaisesRegex(StartError, "Address already in use"):
+                        self.get(forgetful=False, UDP_PORT=port)
+        self.assertEqual((tries.call_count, sleep.call_count), (1, 0))
+        with self.assertRaisesRegex(StartError, "Address already in use"):
+            self.get(forgetful=False, UDP_PORT=port)
+        with mock.patch("embedded_gateway.FAILURE_REMEMBERED_S", 0):
+            self.assertTrue(self.get(forgetful=False, UDP_PORT=port, HTTP_PORT=0).is_ready())
+
+    def test_other_settings_are_tried_at_once(self) -> None:
+        with self.assertRaises(StartError):
+            self.get(BIND_ADDRESS="192.0.2.1")
+        self.assertTrue(self.get(forgetful=False).is_ready())
 
     def test_after_a_shutdown_the_next_call_starts_a_new_one(self) -> None:
         first = self.get()
@@ -434,7 +460,10 @@ class FromPython(GatewayCase):
                 raise RuntimeError("can't start new thread")
             start(thread)
 
-        with mock.patch("threading.Thread.start", no_third), self.assertRaisesRegex(RuntimeError, "new thread"):
+        with (
+            mock.patch("threading.Thread.start", no_third),
+            self.assertRaisesRegex(StartError, "start a thread.*ulimit -u"),
+        ):
             self.get(UDP_PORT=port, HTTP_PORT=0)
         self.assertTrue(self.get(UDP_PORT=port, HTTP_PORT=0).is_ready())
 
@@ -461,6 +490,62 @@ class FromPython(GatewayCase):
         self.get()
         self.assertEqual([signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)], before)
         self.assertEqual(logging.getLogger().handlers, handlers)
+
+    def test_a_log_that_cannot_be_opened_is_told_once_and_opened_later(self) -> None:
+        self.log_file.mkdir()
+        with self.assertLogs("elrar", "ERROR") as logged:
+            gateway = self.get()
+        (line,) = logged.output
+        self.assertRegex(line, "cannot open the state log.*States are received meanwhile.*tried again every second")
+        self.send(gateway, datagram())
+        self.received(gateway, 1)
+        self.assertEqual(gateway.get_engine_states_dict(), {"test": fields()})
+        with self.assertLogs("elrar", "WARNING") as logged:
+            self.log_file.rmdir()
+            wait_until("the state to be logged", lambda: gateway.get_stats()["log"]["written"])
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("writing the state log again", logged.output[0])
+        gateway.shutdown()
+        events = [line.get("event", "state") for line in read_log(self.log_file)]
+        self.assertEqual(events, ["gateway_started", "state", "gateway_stopped"])
+
+    def test_a_log_that_never_can_be_opened_holds_up_no_end(self) -> None:
+        self.log_file.mkdir()
+        with self.assertLogs("elrar", "ERROR"):
+            self.get().shutdown()
+
+    def test_a_tcp_port_that_is_taken_is_told_once_and_bound_later(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with self.assertLogs("elrar", "ERROR") as logged:
+                gateway = self.get(HTTP_PORT=port, STALE_THRESHOLD=60_000)
+            (line,) = logged.output
+            self.assertRegex(line, rf"cannot listen on TCP 127\.0\.0\.1:{port}.*States are received meanwhile")
+            self.send(gateway, datagram())
+            self.received(gateway, 1)
+            self.assertEqual(gateway.get_active_engines_count(), 1)
+            self.assertEqual(set(gateway.threads().values()), {True})
+        with mock.patch("late_query_server.RETRY_S", 0.05), self.assertLogs("elrar.http", "WARNING") as logged:
+            wait_until("the port to be bound", lambda: logged.records)
+        self.assertEqual(list(ask(port, "/engines").json["engines"]), ["test"])
+        gateway.shutdown()
+
+    def test_an_end_before_the_tcp_port_was_free(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken, self.assertLogs("elrar", "ERROR"):
+            gateway = self.get(HTTP_PORT=taken.getsockname()[1])
+            gateway.shutdown()
+        self.assertEqual(gateway.get_stats()["http"]["connections"], 0)
+
+    def test_where_the_state_log_goes_is_told(self) -> None:
+        with self.assertLogs("elrar.gateway", "INFO") as logged:
+            self.get()
+        self.assertIn(f"state log {self.log_file}", logged.output[-1])
+        embedded_gateway._process_gateway.shutdown()  # type: ignore[union-attr]
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        with environment(**LOOPBACK), self.assertLogs("elrar.gateway", "WARNING") as logged:
+            get_state_gateway()
+        self.assertRegex(logged.output[-1], rf"up to 1100 MiB file={self.folder}/engine_states\.jsonl")
 
     def test_a_logging_level_that_only_the_router_knows_is_no_error(self) -> None:
         self.assertTrue(self.get(VLLM_LOGGING_LEVEL="CRITICAL").is_ready())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -13,6 +15,7 @@ import sys
 import tempfile
 import threading
 import unittest
+from collections.abc import Sequence
 from pathlib import Path
 
 import gateway
@@ -194,6 +197,99 @@ class Folders(ProcessCase):
         self.assertEqual(running.stop(), 0)
         self.assertEqual(len(logged_states(self.folder / "engine_states.jsonl")), 1)
 
+    def run_in_a_folder_that_is_gone(self, log_file: str, enable_log: str = "true") -> subprocess.CompletedProcess[str]:
+        """Run it until it is ready or fails, in a folder that was removed before."""
+        program = (
+            "import os, subprocess, sys, tempfile\n"
+            "folder = tempfile.mkdtemp()\n"
+            "os.chdir(folder)\n"
+            "os.rmdir(folder)\n"
+            "with subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, text=True) as process:\n"
+            "    for line in process.stderr:\n"
+            "        print(line, end='', flush=True)\n"
+            "        if 'ready: ' in line:\n"
+            "            process.terminate()\n"
+            "sys.exit(process.returncode)\n"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", program, *gateway_command()],
+            env=clean_environment(UDP_PORT=0, BIND_ADDRESS="127.0.0.1", LOG_FILE=log_file, ENABLE_LOG=enable_log),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+
+    def test_the_working_folder_was_gone_before(self) -> None:
+        for log_file, enable_log in ((str(self.log), "true"), ("engine_states.jsonl", "false")):
+            with self.subTest(log_file):
+                done = self.run_in_a_folder_that_is_gone(log_file, enable_log)
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    def test_a_log_in_a_folder_that_is_gone_is_said(self) -> None:
+        done = self.run_in_a_folder_that_is_gone("engine_states.jsonl")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("cannot open the state log engine_states.jsonl", done.stdout)
+        self.assertIn("the working folder is gone", done.stdout)
+        self.assertNotIn("Traceback", done.stdout)
+
+
+@unittest.skipUnless(sys.platform == "linux", "limits of other systems differ")
+class Limits(ProcessCase):
+    """What the system does not grant ends it with a sentence and status 1: never a traceback, never deaf."""
+
+    def start_limited(
+        self, limit: int, value: int, user: int = 0, command: Sequence[str] = (), **settings: object
+    ) -> Daemon:
+        program = (
+            "import os, resource, sys\n"
+            "limit, value, user = map(int, sys.argv[1:4])\n"
+            "resource.setrlimit(limit, (value, value))\n"
+            "if user: os.setgroups([]); os.setgid(user); os.setuid(user)\n"
+            "os.execv(sys.argv[4], sys.argv[4:])\n"
+        )
+        arguments = (str(limit), str(value), str(user), *(command or gateway_command()))
+        return self.start((sys.executable, "-c", program, *arguments), **settings)
+
+    def assert_ends_with_a_sentence(self, running: Daemon, pattern: str) -> None:
+        self.assertEqual(running.wait_exit(), 1, running.lines)
+        text = "".join(running.lines)
+        self.assertRegex(text, pattern)
+        self.assertNotIn("Traceback", text)
+
+    def test_open_files(self) -> None:
+        for number in range(6, 20, 2):
+            with self.subTest(number):
+                running = self.start_limited(resource.RLIMIT_NOFILE, number)
+                self.assert_ends_with_a_sentence(running, "[Oo]pen files.*ulimit -n")
+
+    @unittest.skipUnless(os.geteuid() == 0, "needs a user who runs nothing else")
+    def test_threads(self) -> None:
+        user = 54321
+        for python in (sys.executable, "/usr/bin/python3"):
+            with contextlib.suppress(OSError):
+                command = [python, str(TOP / "gateway.py"), "--version"]
+                if not subprocess.run(command, user=user, group=user, capture_output=True, check=False).returncode:
+                    break
+        else:
+            self.skipTest("no Python here that another user may run")
+        for number in range(1, 6):
+            with self.subTest(number):
+                running = self.start_limited(resource.RLIMIT_NPROC, number, user, command[:2], LOG_FILE="/dev/null")
+                self.assert_ends_with_a_sentence(running, "cannot start a thread.*ulimit -u")
+
+    def test_memory_while_engines_appear(self) -> None:
+        running = self.start_limited(
+            resource.RLIMIT_AS, 250_000_000, MAX_ENGINES=1_000_000, EXPIRE_AFTER=600_000, ENABLE_LOG="false"
+        ).wait_ready()
+        number = 0
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            while running.process.poll() is None and number < 1_000_000:
+                number += 1
+                long_id = f"http://10.0.0.1:8000/{number:0200}"
+                sock.sendto(datagram(engine_id=long_id), ("127.0.0.1", running.udp_port))
+        self.assert_ends_with_a_sentence(running, "no more memory.*MAX_ENGINES.*thread=")
+
 
 class Signals(ProcessCase):
     """SIGHUP opens the log anew; nothing else that may happen to a daemon kills it."""
@@ -230,6 +326,31 @@ class Signals(ProcessCase):
         running.signal(signal.SIGCONT)
         stats = running.wait_received(40)
         self.assertEqual((stats["expired_engines"], stats["total_engines"]), (0, 20))
+
+    def test_after_a_pause_nobody_is_called_stuck(self) -> None:
+        """Longer than any thread may be silent; asked while it is paused, and at once when it goes on."""
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "import gateway, pause_meter, state_gateway\n"
+            "pause_meter.PAUSED_AFTER_S, state_gateway.STUCK_AFTER_S = 0.7, 1.0\n"
+            "sys.exit(gateway.main([]))\n"
+        )
+        running = self.start((sys.executable, "-c", program, str(TOP)), ENABLE_LOG="false").wait_ready()
+        for _ in range(3):
+            running.signal(signal.SIGSTOP)
+            with contextlib.ExitStack() as stack:
+                asked = [
+                    stack.enter_context(socket.create_connection(("127.0.0.1", running.http_port))) for _ in range(5)
+                ]
+                for sock in asked:
+                    sock.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+                with self.assertRaises(subprocess.TimeoutExpired):
+                    running.process.wait(1.5)
+                running.signal(signal.SIGCONT)
+                for sock in asked:
+                    sock.settimeout(DEADLINE_S)
+                    self.assertEqual(sock.recv(12), b"HTTP/1.1 200")
+            self.assertEqual(running.ask("/livez").status, 200)
 
 
 class StandardStreams(ProcessCase):
