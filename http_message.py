@@ -37,6 +37,7 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_NAME = re.compile(_TOKEN)
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
 _LENGTH = re.compile(rb"[0-9]{1,15}")
+_ZERO_WEIGHT = re.compile(rb"q[ \t]*=[ \t]*0(\.0*)?")
 _SCHEME_AND_HOST = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 
 
@@ -240,6 +241,19 @@ def _keeps_alive(headers: Mapping[bytes, list[bytes]], http_1_0: bool) -> bool:
         raise BadRequest(431, f"Connection is longer than {MAX_LIST_BYTES} bytes")
     tokens = [token.strip().lower() for token in listed.split(b",")]
     return b"keep-alive" in tokens if http_1_0 else b"close" not in tokens
+
+
+def accepts_gzip(request: Request) -> bool:
+    """Whether a reader says that it takes a gzip body."""
+    listed = b",".join(request.headers.get(b"accept-encoding", ())).lower()
+    if len(listed) > MAX_LIST_BYTES:
+        return False
+    weights: dict[bytes, bool] = {}
+    for item in listed.split(b","):
+        coding, *parameters = (part.strip() for part in item.split(b";"))
+        is_refused = any(_ZERO_WEIGHT.fullmatch(parameter) for parameter in parameters)
+        weights[coding] = not is_refused
+    return weights.get(b"gzip", weights.get(b"x-gzip", weights.get(b"*", False)))
 
 
 class ResponseHeads:

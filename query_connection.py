@@ -33,7 +33,7 @@ class Phase(enum.IntEnum):
 
     IDLE = 0  # nothing of a request has come since the connection was made, or since the last answer
     READING = 1  # a part of a request has come
-    WAITING = 2  # a whole request waits for its turn
+    WAITING = 2  # a whole request waits for its turn, or for its answer to be compressed
     WRITING = 3  # an answer is on its way
     STREAMING = 4  # an answer that goes on until the reader leaves
     LINGERING = 5  # all is said; what the peer still sends is passed over
@@ -143,8 +143,8 @@ class Connection:
         self.deadline = self._clock() + LINGER_S
 
     def waits_for_turn(self) -> bool:
-        """Whether a whole request is there and has no answer yet."""
-        return self.phase is Phase.WAITING
+        """Whether a whole request is there and has not had its turn yet."""
+        return self.request is not None and self.phase is Phase.WAITING
 
     def receive(self) -> bool:
         """Read what has come; False if the peer has closed its side. Raises BlockingIOError or OSError, BadRequest.
@@ -254,8 +254,9 @@ class Connection:
 class Places:
     """The connections that there are, and who has to go if there are too many."""
 
-    def __init__(self, max_connections: int) -> None:
+    def __init__(self, max_connections: int, idle_timeout_s: float) -> None:
         self.max_connections = max_connections
+        self.idle_timeout_s = idle_timeout_s
         self.unsent = UnsentBytes()
         self._by_network: dict[str, set[Connection]] = {}
         self._in_reserve = 0

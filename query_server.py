@@ -18,9 +18,11 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from http_message import Answer, BadRequest, Request, ResponseHeads, Stream, error_answer
+from gzip_answers import MIN_GZIP_BYTES, GzipQueue
+from http_message import Answer, BadRequest, Request, ResponseHeads, Stream, accepts_gzip, error_answer
 from log_throttle import LogThrottle
 from query_connection import RESERVE_CONNECTIONS, RESPONSE_DEADLINE_S, Connection, Phase, Places, TurnQueue
 from sockets import SocketLost, bind_anew, format_address
@@ -186,6 +188,21 @@ class StreamTurns:
         self._connections.pop(connection, None)
 
 
+@dataclass
+class _Answered:
+    """A connection and the answer that it gets."""
+
+    connection: Connection
+    answer: Answer
+    keep_alive: bool
+    head_only: bool
+
+    def use_gzip(self, gzipped: bytes) -> None:
+        """Have the compressed body sent instead."""
+        headers = (*self.answer.headers, "Content-Encoding: gzip")
+        self.answer = replace(self.answer, body=gzipped, headers=headers)
+
+
 class QueryServer:
     """Answers until it is stopped; the gateway gives it its thread.
 
@@ -203,15 +220,15 @@ class QueryServer:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._application = application
-        self._idle_timeout_s = idle_timeout_s
         self._clock = clock
         self._heads = ResponseHeads(wall_clock, idle_timeout_s)
         self._selector = selectors.DefaultSelector()
         self._turn = WakeUp()
         self._selector.register(self._turn, selectors.EVENT_READ)
         self._acceptor = Acceptor(listeners, self._selector)
-        self._places = Places(max_connections or _connections_that_fit())
+        self._places = Places(max_connections or _connections_that_fit(), idle_timeout_s)
         self._queue = TurnQueue()
+        self._gzip_queue: GzipQueue[_Answered] = GzipQueue()
         self._streams = StreamTurns()
         self._judge_at = 0.0  # monotonic; when to look for who is late
         self._refusing = self._stopping = False
@@ -236,7 +253,7 @@ class QueryServer:
         self._acceptor.close()
         deadline = self._clock() + 0.5
         for connection in list(self._places):
-            if connection.phase is not Phase.WRITING:
+            if connection.phase not in (Phase.WAITING, Phase.WRITING):
                 self._close(connection)
         while self._places and self._clock() < deadline:
             self.step(0.05)
@@ -272,13 +289,14 @@ class QueryServer:
         events = self._wait(wait_s, began_at)
         self._handle_events(events)
         self._answer_requests()
+        self._compress_piece()
         self._pump_streams()
         self._close_late(began_at, {key.data for key, _ in events})
 
     def _wait(self, wait_s: float, now: float) -> list[tuple[selectors.SelectorKey, int]]:
         if self._streams:
             wait_s = min(wait_s, max(0.0, self._streams.next_at - now))
-        events = self._selector.select(0 if self._queue else wait_s)
+        events = self._selector.select(0 if self._queue or self._gzip_queue else wait_s)
         self.moved_at = self._clock()
         if self.moved_at - now > PAUSED_AFTER_S:
             self.resumed_at = self.moved_at
@@ -385,7 +403,7 @@ class QueryServer:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(
-            sock, peer, unsent=self._places.unsent, idle_timeout_s=self._idle_timeout_s, clock=self._clock
+            sock, peer, unsent=self._places.unsent, idle_timeout_s=self._places.idle_timeout_s, clock=self._clock
         )
         if self._places.are_taken(reserve=False) and not self._make_room(connection.network, reserve=False):
             if self._places.are_taken(reserve=True) and not self._make_room(connection.network, reserve=True):
@@ -415,7 +433,7 @@ class QueryServer:
             if connection.waits_for_turn():
                 self._await_turn(connection)
             return
-        if connection.waits_for_turn():
+        if connection.phase is Phase.WAITING:
             return  # it pipelines: its turn comes before more is read
         try:
             is_open = connection.receive()
@@ -474,11 +492,32 @@ class QueryServer:
     def _answer(self, connection: Connection) -> None:
         request = connection.take_request()
         answer = self._answer_to(request, connection)
-        if isinstance(answer, Answer):
-            keep_alive = request.keep_alive and not connection.is_reserve and not self._stopping
-            self._respond(connection, answer, keep_alive=keep_alive, head_only=request.method == "HEAD")
-        else:
+        if not isinstance(answer, Answer):
             self._begin_stream(connection, request, answer)
+            return
+        keep_alive = request.keep_alive and not connection.is_reserve and not self._stopping
+        answered = _Answered(connection, answer, keep_alive, head_only=request.method == "HEAD")
+        if len(answer.body) > MIN_GZIP_BYTES:
+            answered.answer = replace(answer, headers=(*answer.headers, "Vary: Accept-Encoding"))
+            if accepts_gzip(request):
+                gzipped = self._gzip_queue.find(answer.body)
+                if gzipped is None and self._gzip_queue.add(answer.body, answered):
+                    return
+                if gzipped is not None:
+                    answered.use_gzip(gzipped)
+        self._respond(answered)
+
+    def _compress_piece(self) -> None:
+        if not self._gzip_queue:
+            return
+        gzipped, waiting = self._gzip_queue.step()
+        for answered in waiting:
+            connection = answered.connection
+            if connection.phase is not Phase.CLOSED:
+                answered.use_gzip(gzipped)
+                self._respond(answered)
+                if connection.waits_for_turn():
+                    self._queue.push(connection)
 
     def _answer_to(self, request: Request, connection: Connection) -> Answer | Stream:
         if not self._application.is_probe(request):
@@ -512,12 +551,14 @@ class QueryServer:
 
     def _refuse(self, connection: Connection, error: BadRequest) -> None:
         """Say what is wrong, and close: where the next request would begin is not known."""
-        self._respond(connection, error_answer(error.status, str(error)), keep_alive=False, head_only=False)
+        self._respond(_Answered(connection, error_answer(error.status, str(error)), keep_alive=False, head_only=False))
 
-    def _respond(self, connection: Connection, answer: Answer, *, keep_alive: bool, head_only: bool) -> None:
+    def _respond(self, answered: _Answered) -> None:
         self._counters.requests += 1
-        head = self._heads.of_answer(answer, len(answer.body), keep_alive=keep_alive)
-        connection.begin_answer(head, b"" if head_only else answer.body, keep_alive=keep_alive)
+        connection, answer = answered.connection, answered.answer
+        head = self._heads.of_answer(answer, len(answer.body), keep_alive=answered.keep_alive)
+        body = b"" if answered.head_only else answer.body
+        connection.begin_answer(head, body, keep_alive=answered.keep_alive)
         self._send(connection)
 
     def _begin_stream(self, connection: Connection, request: Request, stream: Stream) -> None:

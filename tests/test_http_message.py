@@ -114,6 +114,26 @@ class Heads(unittest.TestCase):
                 old = b"GET / HTTP/1.0\r\nConnection: " + value + b"\r\n\r\n"
                 self.assertIs(request_of(old).keep_alive, http_1_0)
 
+    def test_accepted_encodings(self) -> None:
+        """Gzip is sent to those who say that they take it, and to nobody else."""
+        for value, accepted in (
+            (b"gzip, deflate, br", True),
+            (b"GZip;q=0.5", True),
+            (b"br;q=1.0, *", True),
+            (b"x-gzip", True),
+            (b"", False),
+            (b"identity", False),
+            (b"gzip;q=0", False),
+            (b"gzip ; Q = 0.000, *", False),
+            (b"*;q=0", False),
+            (b"gzipped", False),
+            (b"," * 2000 + b"gzip", False),
+        ):
+            with self.subTest(value[:30]):
+                request = request_of(HEAD + b"Accept-Encoding: " + value + b"\r\n\r\n")
+                self.assertIs(http_message.accepts_gzip(request), accepted)
+        self.assertFalse(http_message.accepts_gzip(request_of(HEAD + b"\r\n")))
+
     def test_options(self) -> None:
         """`*` is a target of OPTIONS only, and HAProxy's check has no Host."""
         self.assertEqual(request_of(b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n").target, "*")
@@ -179,6 +199,7 @@ def parse_all(received: bytes) -> None:
         if head is None:
             return
         request = parse_request(head)
+        http_message.accepts_gzip(request)
         path, _, query = request.target.partition("?")
         route, _ = find_route(path)
         parse_query(query, route)
@@ -213,6 +234,7 @@ def families() -> Iterator[tuple[str, Callable[[int], bytes]]]:
             ("value", HEAD + b"X: a", b"b\r\n\r\n"),
             ("name", HEAD, b": b\r\n\r\n"),
             ("list", HEAD + b"Connection: ", b"\r\n\r\n"),
+            ("encodings", HEAD + b"Accept-Encoding: ", b"\r\n\r\n"),
             ("length", HEAD + b"Content-Length: ", b"\r\n\r\n"),
             ("headers", HEAD, b""),
         ):

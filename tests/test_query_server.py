@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import json
 import re
 import socket
+import struct
 import threading
 import unittest
 from typing import Any
@@ -557,6 +559,61 @@ class SteppedNetworks(SteppedCase):
         self.steps()
         self.assertEqual(len(order), 7)
         self.assertIn("/honest", order[:2])
+
+
+class Gzip(SteppedCase):
+    """Large bodies are compressed for those who take it, and nobody waits for that."""
+
+    def ask(self, method: bytes, target: bytes, encoding: bytes = b"gzip") -> Client:
+        head = b" HTTP/1.1\r\nHost: a\r\nAccept-Encoding: " + encoding + b"\r\n\r\n"
+        return self.connect().send(method + b" " + target + head)
+
+    def test_a_large_body(self) -> None:
+        """And HEAD says the same of it."""
+        get, head = self.ask(b"GET", b"/big"), self.ask(b"HEAD", b"/big")
+        self.steps(100)
+        _, headers, body = get.response()
+        self.assertEqual(gzip.decompress(body), BIG)
+        self.assertEqual((headers["content-encoding"], headers["vary"]), ("gzip", "Accept-Encoding"))
+        self.assertEqual(head.response(head_only=True)[1], headers)
+
+    def test_small_bodies_and_other_readers(self) -> None:
+        """Are answered as ever; a cache is told where it depends on the reader."""
+        small = self.ask(b"GET", b"/x")
+        self.steps()
+        _, headers, body = small.response()
+        self.assertEqual(json.loads(body), {"target": "/x"})
+        self.assertNotIn("vary", headers)
+        refusing = self.ask(b"HEAD", b"/big", b"gzip;q=0")
+        self.steps()
+        _, headers, _ = refusing.response(head_only=True)
+        self.assertEqual((headers["content-length"], headers["vary"]), (str(len(BIG)), "Accept-Encoding"))
+        self.assertNotIn("content-encoding", headers)
+
+    def test_others_do_not_wait_for_it(self) -> None:
+        waiting = self.ask(b"GET", b"/big").send(b"GET /next HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.steps(2)
+        other = self.ask(b"GET", b"/livez")
+        self.steps(2)
+        self.assertEqual(other.response()[0], 200)
+        waiting.sock.settimeout(0)
+        with self.assertRaises(BlockingIOError):
+            waiting.sock.recv(1, socket.MSG_PEEK)
+        waiting.sock.settimeout(DEADLINE_S)
+        self.steps(100)
+        self.assertEqual(gzip.decompress(waiting.response()[2]), BIG)
+        self.assertEqual(json.loads(waiting.response()[2]), {"target": "/next"})
+
+    def test_a_reader_that_leaves_meanwhile(self) -> None:
+        """Takes nothing with it, and leaves nothing behind."""
+        leaving, staying = self.ask(b"GET", b"/big"), self.ask(b"GET", b"/big")
+        self.steps(3)
+        leaving.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        leaving.file.close()
+        leaving.sock.close()
+        self.steps(100)
+        self.assertEqual(gzip.decompress(staying.response()[2]), BIG)
+        self.assertEqual(self.server.connections, 1)
 
 
 class Streams(ServerCase):
