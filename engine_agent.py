@@ -23,11 +23,13 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
 import signal
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -37,7 +39,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 VERSION = "1.0"
 AGENT = f"elrar {VERSION}"
@@ -495,6 +497,7 @@ def settings_help() -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 Say = Callable[[str], None]
+Clock = Callable[[], float]  # seconds
 
 
 def say_on_stderr(text: str) -> None:
@@ -786,8 +789,9 @@ class Prover:
 
     FORGIVEN_AFTER_S = 60.0
 
-    def __init__(self, stuck_after_s: float) -> None:
+    def __init__(self, stuck_after_s: float, forgiven_after_s: float = FORGIVEN_AFTER_S) -> None:
         self._stuck_after_s = stuck_after_s
+        self._forgiven_after_s = forgiven_after_s
         self._ranks: dict[int, _RankSeen] = {}
 
     def prove(self, look: Look) -> dict[int, Proof | None]:
@@ -819,7 +823,7 @@ class Prover:
         return seen.proof
 
     def _owes(self, seen: _RankSeen, now: float) -> bool:
-        return seen.owing_since is not None and now - seen.owing_since < self.FORGIVEN_AFTER_S
+        return seen.owing_since is not None and now - seen.owing_since < self._forgiven_after_s
 
 
 class Meter:
@@ -863,8 +867,10 @@ class Meter:
         if reading.step_ms is not None:
             self._latency_ms = reading.step_ms
         now, before = reading.step_times, self._step_times
+        if now is None:
+            return
         self._step_times = now
-        if now is None or before is None or now.times <= before.times or now.total < before.total:
+        if before is None or now.times <= before.times or now.total < before.total:
             return
         latency_ms = 1000 * (now.total - before.total) / (now.times - before.times)
         # About the mean of the last ten steps: a few new ones do not stand for the next, and a hang is soon forgotten.
@@ -1080,6 +1086,7 @@ class Agent:
         settings: Settings,
         sender: Sender | Printer,
         *,
+        forgiven_after_s: float = Prover.FORGIVEN_AFTER_S,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -1091,7 +1098,8 @@ class Agent:
         self._engine_id: str | None = None
         self._model: str | None = None
         self._engine = "unknown"
-        self._prover = Prover(settings.stuck_after_s)
+        self._forgiven_after_s = forgiven_after_s
+        self._prover = Prover(settings.stuck_after_s, forgiven_after_s)
         self._meters: dict[int, Meter] = {}
         self._reporters: dict[int | None, Reporter] = {}  # by rank; None: the whole engine
 
@@ -1157,7 +1165,7 @@ class Agent:
         for number, reporter in enumerate(reporters):
             # All ranks together within 100 ms: the later ones do not wait again.
             reporter.farewell(sleep if number == len(reporters) - 1 else _do_not_sleep)
-        self._prover = Prover(self._settings.stuck_after_s)
+        self._prover = Prover(self._settings.stuck_after_s, self._forgiven_after_s)
         self._meters = {}
 
     @property
@@ -1230,8 +1238,6 @@ class KeyWatch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Without an engine: a simulated fleet, and a state log sent again
 # ---------------------------------------------------------------------------------------------------------------------
-
-Clock = Callable[[], float]
 
 
 class Activity(NamedTuple):
@@ -1517,6 +1523,1107 @@ class Replay:
             state["boot"], state["seq"] = self._boots[life], self._seqs[life]
         datagram = json.dumps(state).encode()
         return datagram if self._key is None else self._key.sign(datagram)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking an engine over HTTP
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class NoAnswer(Exception):
+    """The engine did not answer as an engine does; the text says how."""
+
+
+class RefusedConnection(NoAnswer):
+    """Nobody listens at the engine's port."""
+
+
+class NoNumbers(NoAnswer):
+    """The engine answered, and did not say what is needed."""
+
+
+class EngineClient:
+    """HTTP/1.1 GETs to one engine over one kept connection. Each is bounded in time as a whole and in size."""
+
+    TIMEOUT_S = 2.0
+    MOST_BYTES = 8_000_000
+    MOST_HEADER_BYTES = 65_536
+
+    def __init__(self, url: str, api_key: str | None = None, ca_file: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self._host = parts.hostname or "localhost"
+        self._tls = _tls_for(self._host, ca_file) if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._tls else 80)
+        self._base = parts.path.rstrip("/")
+        self._headers = (
+            f"Host: {parts.netloc}\r\nUser-Agent: {AGENT.replace(' ', '-agent/')}\r\nAccept: */*\r\n"
+            + (f"Authorization: Bearer {api_key}\r\n" if api_key else "")
+            + "\r\n"
+        )
+        self._socket: socket.socket | None = None
+        self.give_up_at = math.inf  # for all that is asked
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body; raises NoAnswer."""
+        until = min(time.monotonic() + self.TIMEOUT_S, self.give_up_at)
+        request = f"GET {self._base}{path} HTTP/1.1\r\n{self._headers}".encode("latin-1")
+        try:
+            if self._socket is not None:
+                try:
+                    return self._exchange(request, until)
+                except _ClosedBefore:  # as any server may while a connection is idle
+                    self.close()
+            self._connect(until)
+            return self._exchange(request, until)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, _ClosedBefore):
+                raise NoAnswer("the connection was closed without an answer") from None
+            if isinstance(error, TimeoutError):
+                raise NoAnswer(f"no answer to {path.split('?')[0]} in time") from None
+            if isinstance(error, (OSError, ValueError)):
+                raise NoAnswer(_why(error)) from None
+            raise
+
+    def json(self, path: str) -> Any:
+        """The document of a 200, or None."""
+        status, body = self.get(path)
+        try:
+            return json.loads(body) if status == 200 else None
+        except (ValueError, RecursionError):
+            return None
+
+    def _connect(self, until: float) -> None:
+        refused = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
+            found = socket.socket(family, kind, protocol)
+            try:
+                found.settimeout(_left(until))
+                found.connect(address)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls is not None:
+                    found = self._tls.wrap_socket(found, server_hostname=self._host)
+            except ConnectionRefusedError as error:
+                found.close()
+                refused = error
+            except BaseException:
+                found.close()
+                raise
+            else:
+                self._socket = found
+                return
+        raise RefusedConnection(_why(refused) if refused else "the name has no address")
+
+    def _exchange(self, request: bytes, until: float) -> tuple[int, bytes]:
+        assert self._socket is not None
+        received = bytearray()
+        try:
+            self._socket.settimeout(_left(until))
+            self._socket.sendall(request)
+            if not self._more(received, until):
+                raise _ClosedBefore
+        except (ConnectionResetError, BrokenPipeError):
+            raise _ClosedBefore from None
+        while (end := received.find(b"\r\n\r\n")) < 0:
+            if len(received) > self.MOST_HEADER_BYTES or not self._more(received, until):
+                raise NoAnswer("what answers does not speak HTTP")
+        head = bytes(received[:end]).lower()
+        del received[: end + 4]
+        status = re.match(rb"http/1\.[01] ([0-9]{3})", head)
+        if status is None:
+            raise NoAnswer("what answers does not speak HTTP")
+        length = re.search(rb"\r\ncontent-length:[ \t]*([0-9]{1,12})[ \t]*(?:\r|\Z)", head)
+        if re.search(rb"\r\ntransfer-encoding:[ \t]*chunked", head):
+            body, whole = self._chunked(received, until), True
+        elif length is not None:
+            body, whole = self._sized(received, int(length[1]), until), True
+        else:
+            body, whole = self._rest(received, until), False
+        if not whole or re.search(rb"\r\nconnection:[ \t]*close", head) or head.startswith(b"http/1.0"):
+            self.close()
+        return int(status[1]), body
+
+    def _more(self, received: bytearray, until: float) -> bool:
+        assert self._socket is not None
+        self._socket.settimeout(_left(until))
+        data = self._socket.recv(262_144)
+        received += data
+        return bool(data)
+
+    def _sized(self, received: bytearray, length: int, until: float) -> bytes:
+        if length > self.MOST_BYTES:
+            raise NoAnswer(f"the answer is too large: {length} bytes")
+        while len(received) < length:
+            if not self._more(received, until):
+                raise NoAnswer("the answer was cut off")
+        return bytes(received[:length])
+
+    def _rest(self, received: bytearray, until: float) -> bytes:
+        while self._more(received, until):
+            if len(received) > self.MOST_BYTES:
+                raise NoAnswer(f"the answer is too large: more than {self.MOST_BYTES} bytes")
+        return bytes(received)
+
+    def _chunked(self, received: bytearray, until: float) -> bytes:
+        body = bytearray()
+        at = 0  # what is behind it was not looked at yet
+        while True:
+            while (end := received.find(b"\r\n", at)) < 0:
+                if len(received) - at > 1000 or not self._more(received, until):
+                    raise NoAnswer("the answer was cut off")
+            size = int(bytes(received[at:end]).split(b";")[0], 16)
+            at = end + 2
+            if size > self.MOST_BYTES or len(body) + size > self.MOST_BYTES:
+                raise NoAnswer(f"the answer is too large: more than {self.MOST_BYTES} bytes")
+            while len(received) < at + size + 2:
+                if not self._more(received, until):
+                    raise NoAnswer("the answer was cut off")
+            body += received[at : at + size]
+            at += size + 2
+            if size == 0:
+                return bytes(body)
+
+
+class _ClosedBefore(Exception):
+    """The connection ended before the first byte of an answer."""
+
+
+def _left(until: float) -> float:
+    left = until - time.monotonic()
+    if left <= 0.0:
+        raise TimeoutError
+    return left
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _tls_for(host: str, ca_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=ca_file)
+    if _is_loopback(host) and ca_file is None:
+        # Nobody stands between, and no certificate is made out for the loopback.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class Page:
+    """Some metrics of a page in Prometheus' text format: only lines of the names asked for are looked at."""
+
+    def __init__(self, pattern: re.Pattern[bytes], page: bytes) -> None:
+        self._samples: dict[bytes, list[tuple[bytes, float]]] = {}
+        for name, labels, text in pattern.findall(page):
+            with contextlib.suppress(ValueError):
+                value = float(text)
+                if math.isfinite(value):
+                    self._samples.setdefault(name, []).append((labels, value))
+
+    @staticmethod
+    def pattern(names: Iterable[str]) -> re.Pattern[bytes]:
+        """What finds the lines of these names."""
+        wanted = b"|".join(re.escape(name.encode()) for name in names)
+        return re.compile(rb"^(%b)(?:\{([^\n]*)\})?[ \t]+([^\s]+)" % wanted, re.MULTILINE)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a sample of that name."""
+        return name.encode() in self._samples
+
+    def total(self, name: str) -> float | None:
+        """The sum of all samples, or None."""
+        samples = self._samples.get(name.encode())
+        return None if not samples else sum(value for _, value in samples)
+
+    def need(self, name: str) -> float:
+        """The sum of all samples; raises NoNumbers."""
+        found = self.total(name)
+        if found is None:
+            raise NoNumbers(f"its metrics have no {name} (yet)")
+        return found
+
+    def by(self, label: str, name: str, **where: str) -> dict[str, float]:
+        """The samples by the value of a label, of those whose other labels are as said; one of a value counts."""
+        found = {}
+        for labels, value in self._samples.get(name.encode(), ()):
+            if all(label_of(labels, other) == wanted for other, wanted in where.items()):
+                found[label_of(labels, label) or ""] = value
+        return found
+
+    def labels(self, name: str) -> list[bytes]:
+        """The labels of each sample, as they are written."""
+        return [labels for labels, _ in self._samples.get(name.encode(), ())]
+
+    def counted(self, name: str) -> Counted | None:
+        """Sum and count of a histogram or summary, or None."""
+        total, times = self.total(f"{name}_sum"), self.total(f"{name}_count")
+        return None if total is None or times is None else Counted(total, times)
+
+
+def label_of(labels: bytes, name: str) -> str | None:
+    """The value of one label, or None."""
+    found = re.search(rb'(?:^|,)%b="((?:[^"\\]|\\.)*)"' % name.encode(), labels)
+    return None if found is None else found[1].decode("utf-8", "replace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside an engine: one adapter for each kind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Adapter:
+    """How one kind of engine is asked. `look` raises NoAnswer; what an engine does not say is unknown, and never 0."""
+
+    kind = ""
+    prefixes: tuple[bytes, ...] = ()  # of its metrics' names
+    owner = ""  # what /v1/models says of whom a model is
+    # For --check: where each field comes from and how exact it is, and what else would help.
+    sources: ClassVar[Mapping[str, str]] = {}
+    hints: tuple[str, ...] = ()
+
+    def __init__(self, client: EngineClient) -> None:
+        self.client = client
+        self.model: str | None = None
+        self.version = "unknown"
+
+    def describe(self) -> None:
+        """Find out model and version, as far as that can be had; raises NoAnswer."""
+        self.model = _model_of(self.client.json("/v1/models")) or self.model
+
+    def look(self, at: Callable[[], Proof]) -> Look:
+        """Look once; `at` tells the time, and is asked when the answer is there."""
+        raise NotImplementedError
+
+    def missing(self) -> tuple[str, ...]:
+        """Which of the hints would help with what was not found."""
+        return self.hints
+
+
+def _model_of(document: Any) -> str | None:
+    try:
+        name = document["data"][0]["id"]
+    except (TypeError, KeyError, IndexError):
+        return None
+    return name[:256] if isinstance(name, str) and name.isprintable() else None
+
+
+def _owner_of(document: Any) -> str:
+    try:
+        return str(document["data"][0]["owned_by"]).lower()
+    except (TypeError, KeyError, IndexError):
+        return ""
+
+
+def _text_in(document: Any, *names: str) -> str | None:
+    for name in names:
+        found = document.get(name) if isinstance(document, dict) else None
+        if isinstance(found, str) and 0 < len(found) <= 256 and found.isprintable():
+            return found
+    return None
+
+
+def _number_in(document: Mapping[str, Any], name: str) -> float | None:
+    found = document.get(name)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
+        return None
+    return float(found)
+
+
+def _metrics(client: EngineClient, path: str) -> bytes:
+    """A page of metrics; raises NoAnswer where it is none."""
+    status, page = client.get(path)
+    if status != 200:
+        raise NoAnswer(f"{path.split('?')[0]} is answered with {status}")
+    if page[:200].lstrip()[:1] == b"<":
+        raise NoAnswer(f"{path.split('?')[0]} is answered with a web page")
+    return page
+
+
+class VllmAdapter(Adapter):
+    """vLLM beside a sidecar. Its filtered page costs it a sixth of the whole one; with several API servers it is empty.
+
+    Its gauges stand still when the engine does, so that only counters that grow prove anything.
+    """
+
+    kind = "vllm"
+    prefixes = (b"vllm:",)
+    owner = "vllm"
+    sources: ClassVar[Mapping[str, str]] = {
+        "latency_pred_ms": "vllm:inter_token_latency_seconds, mean since the last look",
+        "scheduling_mode": "vllm:iteration_tokens_total, mean of the last steps",
+        "pending_tokens_total": "vllm:num_requests_waiting x mean prompt of the last minute: an estimate",
+        "kv_cache_free_blocks": "vllm:kv_cache_usage_perc, exact",
+        "kv_cache_total_blocks": "vllm:cache_config_info, exact",
+        "engine_capacity": "vllm:iteration_tokens_total, greatest rate of a second with requests waiting",
+        "num_requests_running": "vllm:num_requests_running",
+        "num_requests_waiting": "vllm:num_requests_waiting",
+    }
+    hints = (
+        "--enable-server-load-tracking: a hang from idle cannot be seen without it",
+        "--disable-access-log-for-endpoints /metrics,/metrics/,/load: each look is a line of its access log",
+        "the plugin (--install-plugin): pending tokens exact to a percent, changes within 20 ms instead of a look",
+    )
+    MOVING = (
+        *("vllm:num_requests_running", "vllm:num_requests_waiting"),
+        *("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+        *("vllm:iteration_tokens_total_sum", "vllm:iteration_tokens_total_count"),
+        *("vllm:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_count"),
+        *("vllm:time_per_output_token_seconds_sum", "vllm:time_per_output_token_seconds_count"),  # before 0.12
+        *("vllm:request_prompt_tokens_sum", "vllm:request_prompt_tokens_count", "vllm:engine_sleep_state"),
+    )
+    # Enough while the engine is idle, and half as dear; every STATIC_EVERY_S and FULL_EVERY_S more is asked for.
+    IDLE = (*MOVING[:4], "vllm:engine_sleep_state")
+    FULL_EVERY_S = 2.0
+    STATIC = ("vllm:cache_config_info",)
+    STATIC_EVERY_S = 10.0  # a kilobyte that hardly ever changes
+
+    def __init__(self, client: EngineClient) -> None:
+        super().__init__(client)
+        self._pattern = Page.pattern(self.MOVING + self.STATIC)
+        self._filtered = True
+        self._idle = False  # at the last look
+        # What was idle is asked for the requests of its front end alone every second time: that costs a third.
+        self._idle_look: Look | None = None
+        self._full_at = -math.inf
+        self._static_at = -math.inf
+        self._blocks: int | None = None
+        self._steps: dict[str, Counted | None] = {}  # of each rank, at the last look at all
+        self.tracks_load: bool | None = None  # whether /load counts: known as soon as the engine is busy
+        self._load_asked_at = -math.inf
+
+    def describe(self) -> None:
+        """See Adapter."""
+        self.version = _text_in(self.client.json("/version"), "version") or self.version
+        if self.model is None:
+            super().describe()
+
+    def missing(self) -> tuple[str, ...]:
+        """See Adapter."""
+        return self.hints if self.tracks_load is not True else self.hints[1:]
+
+    def look(self, at: Callable[[], Proof]) -> Look:
+        """See Adapter."""
+        now = time.monotonic()
+        look, self._idle_look = self._idle_look, None
+        if look is not None and self.tracks_load is not False:
+            in_flight = self._load()
+            if in_flight == 0:
+                # Without tracking that says nothing, and nothing is said this time.
+                return Look(look.readings, at(), 0 if self.tracks_load else HIDDEN)
+        look = None
+        if self._idle and self._filtered and now - self._full_at < self.FULL_EVERY_S:
+            look = self._look(self._filtered_page(self.IDLE), at())
+        if look is None or not _is_idle(look):
+            look = self._look(self._page(now), at())
+            self._full_at = now
+        idle = _is_idle(look)
+        if self._must_ask_load(not idle, len(look.readings), now):
+            look.in_flight = self._load()
+            self._learn(not idle, look)
+        self._idle = idle and not look.in_flight
+        self._idle_look = look if self._idle and not look.asleep and look.in_flight == 0 else None
+        return look
+
+    def _must_ask_load(self, busy: bool, ranks: int, now: float) -> bool:
+        if self.tracks_load is False and now - self._load_asked_at < 60.0:
+            return False
+        if busy and self.tracks_load is None and now - self._load_asked_at < 1.0:
+            return False
+        return not busy or ranks > 1 or not self.tracks_load
+
+    def _learn(self, busy: bool, look: Look) -> None:
+        self._load_asked_at = look.at.at
+        if look.in_flight:
+            self.tracks_load = True
+        elif busy and look.in_flight == 0 and self.tracks_load is None:
+            self.tracks_load = False  # or another API server has them all; it is asked again
+        if self.tracks_load is False:
+            look.in_flight = None
+
+    def _load(self) -> int | None:
+        document = self.client.json("/load")
+        found = _number_in(document, "server_load") if isinstance(document, dict) else None
+        return None if found is None else int(found)
+
+    def _filtered_page(self, names: Iterable[str]) -> Page:
+        query = "&".join(f"name%5B%5D={name}" for name in names)
+        status, text = self.client.get(f"/metrics/?{query}")
+        return Page(self._pattern, text if status == 200 else b"")
+
+    def _page(self, now: float) -> Page:
+        if self._filtered:
+            more = self.STATIC if now - self._static_at >= self.STATIC_EVERY_S else ()
+            page = self._filtered_page(self.MOVING + more)
+            if page.has("vllm:num_requests_running"):
+                self._learn_static(page, now)
+                return page
+        page = Page(self._pattern, _metrics(self.client, "/metrics"))
+        if page.has("vllm:num_requests_running"):
+            self._filtered = False  # the whole page says more than the filtered one: several API servers
+            self._learn_static(page, now)
+        return page
+
+    def _learn_static(self, page: Page, now: float) -> None:
+        found = page.labels("vllm:cache_config_info")
+        if not found:
+            return
+        self._static_at = now
+        blocks = label_of(found[0], "num_gpu_blocks") or ""
+        ranks = {label_of(labels, "engine") for labels in found}
+        # Each label of several ranks says the sum of all.
+        self._blocks = int(blocks) // len(ranks) - 1 if blocks.isdecimal() and int(blocks) > 0 else None
+        running = page.labels("vllm:num_requests_running")
+        self.model = (label_of(running[0], "model_name") if running else None) or self.model
+
+    def _look(self, page: Page, at: Proof) -> Look:
+        page.need("vllm:num_requests_running")
+        running = page.by("engine", "vllm:num_requests_running")
+        waiting = page.by("engine", "vllm:num_requests_waiting")
+        usage = page.by("engine", "vllm:kv_cache_usage_perc") or page.by("engine", "vllm:gpu_cache_usage_perc")
+        awake = page.by("engine", "vllm:engine_sleep_state", sleep_state="awake")
+        columns = {name: page.by("engine", name) for name in self.MOVING if name.endswith(("_sum", "_count"))}
+        readings = []
+        for number, engine in enumerate(sorted(running, key=lambda one: (len(one), one))):
+            if engine not in waiting:
+                raise NoNumbers("its metrics have no vllm:num_requests_waiting (yet)")
+
+            def counted(name: str, engine: str = engine) -> Counted | None:
+                total, times = columns[f"vllm:{name}_sum"].get(engine), columns[f"vllm:{name}_count"].get(engine)
+                return None if total is None or times is None else Counted(total, times)
+
+            steps = counted("iteration_tokens_total")
+            if steps is not None:
+                self._steps[engine] = steps
+            total = -1 if self._blocks is None else self._blocks
+            used = usage.get(engine)
+            readings.append(
+                Reading(
+                    int(running[engine]),
+                    int(waiting[engine]),
+                    marker=(self._steps.get(engine), running[engine], waiting[engine]),
+                    rank=int(engine) if engine.isdecimal() and len(engine) < 6 else number,
+                    free=-1 if used is None or total < 0 else round((1.0 - min(max(used, 0.0), 1.0)) * total),
+                    total=total,
+                    prompts=counted("request_prompt_tokens"),
+                    step_times=counted("inter_token_latency_seconds") or counted("time_per_output_token_seconds"),
+                    step_tokens=steps,
+                    tokens=None if steps is None else steps.total,
+                )
+            )
+        return Look(readings, at, asleep=bool(awake) and not any(awake.values()))
+
+
+def _is_idle(look: Look) -> bool:
+    return not any(reading.running + reading.waiting for reading in look.readings)
+
+
+class SglangAdapter(Adapter):
+    """SGLang's /v1/loads: each rank's scheduler says itself when it said so, busy or idle."""
+
+    kind = "sglang"
+    prefixes = (b"sglang:", b"sglang_")
+    owner = "sglang"
+    sources: ClassVar[Mapping[str, str]] = {
+        "latency_pred_ms": "decode_moments of /v1/loads, mean since the last look",
+        "scheduling_mode": "prefilled and decoded tokens a decode step",
+        "pending_tokens_total": "num_waiting_uncached_tokens, exact",
+        "kv_cache_free_blocks": "max_total_num_tokens less num_used_tokens, in pages",
+        "kv_cache_total_blocks": "max_total_num_tokens, in pages",
+        "engine_capacity": "greatest rate of a second with requests waiting",
+        "num_requests_running": "num_running_reqs",
+        "num_requests_waiting": "num_waiting_reqs",
+    }
+
+    def __init__(self, client: EngineClient) -> None:
+        super().__init__(client)
+        self._page_size = 1
+        self._sleeps_on_idle: bool | None = None
+
+    def describe(self) -> None:
+        """See Adapter."""
+        info = self.client.json("/server_info") or self.client.json("/get_server_info")
+        self.version = _text_in(info, "version") or self.version
+        self.model = _text_in(info, "served_model_name", "model_path") or self.model
+        if isinstance(info, dict):
+            size = _number_in(info, "page_size")
+            self._page_size = int(size) if size and size >= 1 else 1
+            self._sleeps_on_idle = info.get("sleep_on_idle") is True
+        if self.model is None:
+            super().describe()
+
+    def look(self, at: Callable[[], Proof]) -> Look:
+        """See Adapter."""
+        status, body = self.client.get("/v1/loads?include=core")
+        now = at()
+        if status in (401, 403):
+            raise NoNumbers("/v1/loads asks for the API key: set ENGINE_API_KEY")
+        try:
+            document = json.loads(body) if status == 200 else None
+            self.version = _text_in(document, "version") or self.version
+            loads = [self._reading(load, now) for load in document["loads"]]  # type: ignore[index]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise NoNumbers(f"/v1/loads is answered with {status}, and not with loads") from None
+        if not loads:
+            raise NoNumbers("/v1/loads has no loads (yet)")
+        return Look(loads, now)
+
+    def _reading(self, load: dict[str, Any], now: Proof) -> Reading:
+        running, waiting = int(load["num_running_reqs"]), int(load["num_waiting_reqs"])
+        said_s = _number_in(load, "timestamp")
+        most, used = _number_in(load, "max_total_num_tokens"), _number_in(load, "num_used_tokens")
+        prefilled, moments = _number_in(load, "total_prefill_uncached_tokens"), load.get("decode_moments")
+        steps = tokens = None
+        if isinstance(moments, list) and len(moments) >= 6:  # steps, batch, microseconds, batch^2, batch x us, tokens
+            steps = Counted(moments[2] / 1e6, moments[0])
+            tokens = None if prefilled is None else prefilled + moments[5]
+        uncached = _number_in(load, "num_waiting_uncached_tokens")
+        reading = Reading(
+            running,
+            waiting,
+            marker=tuple(sorted((name, str(value)) for name, value in load.items())),
+            rank=int(load.get("dp_rank") or 0),
+            pending=None if uncached is None else int(uncached),
+            step_times=steps,
+            step_tokens=None if steps is None or tokens is None else Counted(tokens, steps.times),
+            tokens=tokens,
+        )
+        if most is not None and most > 0:
+            reading.total = int(most) // self._page_size
+            reading.free = -1 if used is None else max(0, int(most - used)) // self._page_size
+        if said_s is not None:
+            if said_s <= 0:
+                raise KeyError("timestamp")  # nothing was said yet
+            age_s = now.ms / 1000 - said_s
+            reading.marker = said_s
+            if 0.0 <= age_s <= 5.0:  # of a host whose clock is ours
+                reading.proof = Proof(now.at - age_s, round(said_s * 1000))
+            # With --sleep-on-idle a scheduler says so once a second, else all the time.
+            reading.idle_is_proof = self._sleeps_on_idle is not False and 0.0 <= age_s < 1.5
+        return reading
+
+
+class LlamaCppAdapter(Adapter):
+    """llama.cpp's server: what answers is its main loop, so that each answer is a proof that it moves."""
+
+    kind = "llama.cpp"
+    prefixes = (b"llamacpp:",)
+    owner = "llamacpp"
+    sources: ClassVar[Mapping[str, str]] = {
+        "latency_pred_ms": "llamacpp:prompt_seconds_total + tokens_predicted_seconds_total, a decode",
+        "scheduling_mode": "tokens a decode, by its counters",
+        "pending_tokens_total": "/slots, exact; and llamacpp:requests_deferred x mean prompt of the slots",
+        "kv_cache_free_blocks": "/slots, in tokens",
+        "kv_cache_total_blocks": "/slots: sum of n_ctx, in tokens",
+        "engine_capacity": "greatest rate of a second with requests waiting",
+        "num_requests_running": "llamacpp:requests_processing",
+        "num_requests_waiting": "llamacpp:requests_deferred",
+    }
+    hints = (
+        "--metrics: without it waiting requests cannot be known, and nothing is sent",
+        "--slots: without it pending tokens and the KV cache are not known",
+    )
+    NAMES = (
+        *("llamacpp:requests_processing", "llamacpp:requests_deferred"),
+        *("llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total", "llamacpp:n_decode_total"),
+        *("llamacpp:prompt_seconds_total", "llamacpp:tokens_predicted_seconds_total"),
+    )
+
+    def __init__(self, client: EngineClient) -> None:
+        super().__init__(client)
+        self._pattern = Page.pattern(self.NAMES)
+        self._has_slots = True
+        self._mean_prompt = 0.0
+
+    def describe(self) -> None:
+        """See Adapter."""
+        super().describe()
+        self.version = _text_in(self.client.json("/props"), "build_info") or self.version
+
+    def missing(self) -> tuple[str, ...]:
+        """See Adapter."""
+        return () if self._has_slots else self.hints[1:]
+
+    def look(self, at: Callable[[], Proof]) -> Look:
+        """See Adapter."""
+        page = Page(self._pattern, _metrics(self.client, "/metrics"))
+        now = at()
+        waiting = int(page.need("llamacpp:requests_deferred"))
+        reading = Reading(int(page.need("llamacpp:requests_processing")), waiting, marker=now.at)
+        prompt, predicted = page.total("llamacpp:prompt_tokens_total"), page.total("llamacpp:tokens_predicted_total")
+        decodes = page.total("llamacpp:n_decode_total")
+        seconds = page.total("llamacpp:tokens_predicted_seconds_total")
+        if prompt is not None and predicted is not None:
+            reading.tokens = prompt + predicted
+            if decodes is not None:
+                reading.step_tokens = Counted(reading.tokens, decodes)
+        if seconds is not None and decodes is not None:
+            reading.step_times = Counted(seconds + (page.total("llamacpp:prompt_seconds_total") or 0.0), decodes)
+        elif seconds is not None and predicted is not None:
+            reading.step_times = Counted(seconds, predicted)
+        slots = self.client.json("/slots") if self._has_slots else None
+        self._has_slots = isinstance(slots, list)
+        if isinstance(slots, list):
+            self._read_slots(reading, [one for one in slots if isinstance(one, dict)])
+        return Look([reading], now)
+
+    def _read_slots(self, reading: Reading, slots: Sequence[dict[str, Any]]) -> None:
+        total = used = pending = 0
+        prompts = []
+        for slot in slots:
+            total += int(_number_in(slot, "n_ctx") or 0)
+            if slot.get("is_processing") is not True:
+                continue  # it keeps the numbers of its last request
+            prompt = int(_number_in(slot, "n_prompt_tokens") or 0)
+            done = int(
+                (_number_in(slot, "n_prompt_tokens_processed") or 0) + (_number_in(slot, "n_prompt_tokens_cache") or 0)
+            )
+            following = slot.get("next_token")
+            following = following[0] if isinstance(following, list) and following else following
+            decoded = int(_number_in(following, "n_decoded") or 0) if isinstance(following, dict) else 0
+            used += max(prompt, done + decoded)
+            if decoded == 0:
+                pending += max(0, prompt - done)
+                prompts.append(prompt)
+            else:
+                prompts.append(done)  # what is decoded is counted as prompt by then
+        if prompts:
+            self._mean_prompt = sum(prompts) / len(prompts)
+        reading.pending = pending + round(reading.waiting * self._mean_prompt)
+        if total > 0:
+            reading.total, reading.free = total, max(0, total - used)
+
+
+class MetricsAdapter(Adapter):
+    """An engine that is known by one page of metrics: the names of what it says are all that differs."""
+
+    path = "/metrics"
+    running: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    prompts: tuple[str, str] | str | None = None  # a histogram, or the names of a sum and a count
+    step_times: str | None = None  # a histogram of seconds
+    step_seconds: str | None = None  # a gauge of the last step's
+    step_tokens: str | None = None  # a histogram
+    last_step_tokens: tuple[str, ...] = ()  # gauges of the last step
+    tokens: tuple[str, ...] = ()  # counters
+    blocks: tuple[str, str] | None = None  # gauges of free and of all blocks
+
+    def __init__(self, client: EngineClient) -> None:
+        super().__init__(client)
+        histograms = (self.step_times, self.step_tokens, self.prompts if isinstance(self.prompts, str) else None)
+        names = {f"{name}_{part}" for name in histograms if name for part in ("sum", "count")}
+        names |= {*self.running, *self.waiting, *self.last_step_tokens, *self.tokens, *(self.blocks or ())}
+        names |= {self.step_seconds or "", *(self.prompts if isinstance(self.prompts, tuple) else ())} - {""}
+        self._pattern = Page.pattern(sorted(names))
+        self._last_steps = Counted(0.0, 0)
+
+    def look(self, at: Callable[[], Proof]) -> Look:
+        """See Adapter."""
+        page = Page(self._pattern, _metrics(self.client, self.path))
+        now = at()
+        running = int(sum(map(page.need, self.running)))
+        waiting = int(page.need(self.waiting[0]) + sum(page.total(name) or 0.0 for name in self.waiting[1:]))
+        tokens = [page.total(name) for name in self.tokens]
+        reading = Reading(running, waiting)
+        reading.tokens = None if None in tokens else sum(one or 0.0 for one in tokens)
+        reading.step_times = page.counted(self.step_times) if self.step_times else None
+        reading.step_tokens = page.counted(self.step_tokens) if self.step_tokens else None
+        if isinstance(self.prompts, str):
+            reading.prompts = page.counted(self.prompts)
+        elif self.prompts is not None:
+            total, times = map(page.total, self.prompts)
+            reading.prompts = None if total is None or times is None else Counted(total, times)
+        if self.step_seconds is not None:
+            seconds = page.total(self.step_seconds)
+            reading.step_ms = None if seconds is None or running == 0 else 1000 * seconds
+        # Counters only: gauges of a queue move while the engine stands still.
+        reading.marker = (reading.tokens, reading.step_times, reading.step_tokens, reading.prompts)
+        last = [page.total(name) for name in self.last_step_tokens]
+        if last and running and None not in last:
+            self._last_steps = Counted(
+                self._last_steps.total + sum(one or 0.0 for one in last), self._last_steps.times + 1
+            )
+            reading.step_tokens = self._last_steps
+        if self.blocks is not None:
+            free, total_blocks = map(page.total, self.blocks)
+            reading.free = -1 if free is None else int(free)
+            reading.total = -1 if total_blocks is None else int(total_blocks)
+        self.add(reading, page)
+        return Look([reading], now)
+
+    def add(self, reading: Reading, page: Page) -> None:
+        """What is particular to the kind."""
+
+
+class TensorRtAdapter(MetricsAdapter):
+    """TensorRT-LLM's Prometheus page. Not its other one: a reader of that takes it away from another."""
+
+    kind = "tensorrt-llm"
+    prefixes = (b"trtllm_",)
+    owner = "tensorrt_llm"
+    sources: ClassVar[Mapping[str, str]] = {
+        "latency_pred_ms": "trtllm_iteration_latency_seconds, the last step",
+        "scheduling_mode": "trtllm_total_context_tokens + trtllm_num_generation_requests of the steps that were seen",
+        "pending_tokens_total": "trtllm_num_requests_waiting x mean prompt of the last minute: an estimate",
+        "kv_cache_free_blocks": "trtllm_kv_cache_free_blocks",
+        "kv_cache_total_blocks": "trtllm_kv_cache_max_blocks",
+        "engine_capacity": "greatest rate of a second with requests waiting",
+        "num_requests_running": "trtllm_num_requests_running",
+        "num_requests_waiting": "trtllm_num_requests_waiting",
+    }
+    hints = ("return_perf_metrics: true and a first request: its metrics have no numbers before",)
+    path = "/prometheus/metrics"
+    running = ("trtllm_num_requests_running",)
+    waiting = ("trtllm_num_requests_waiting",)
+    prompts = ("trtllm_prompt_tokens_total", "trtllm_request_success_total")
+    step_seconds = "trtllm_iteration_latency_seconds"
+    last_step_tokens = ("trtllm_total_context_tokens", "trtllm_num_generation_requests")
+    tokens = ("trtllm_prompt_tokens_total", "trtllm_generation_tokens_total")
+    blocks = ("trtllm_kv_cache_free_blocks", "trtllm_kv_cache_max_blocks")
+
+    def describe(self) -> None:
+        """See Adapter."""
+        super().describe()
+        self.version = _text_in(self.client.json("/version"), "version") or self.version
+
+
+class TgiAdapter(MetricsAdapter):
+    """Text Generation Inference. Its capacity is in /info alone, in tokens."""
+
+    kind = "tgi"
+    prefixes = (b"tgi_",)
+    sources: ClassVar[Mapping[str, str]] = {
+        "latency_pred_ms": "tgi_request_mean_time_per_token_duration, of requests that ended since the last look",
+        "scheduling_mode": "not known: latency_optimized",
+        "pending_tokens_total": "tgi_queue_size x mean prompt of the last minute: an estimate",
+        "kv_cache_free_blocks": "tgi_batch_current_max_tokens of the total, in tokens: what is set aside",
+        "kv_cache_total_blocks": "max_batch_total_tokens of /info, in tokens",
+        "engine_capacity": "tokens of requests that ended, greatest rate of a second with requests waiting",
+        "num_requests_running": "tgi_batch_current_size",
+        "num_requests_waiting": "tgi_queue_size",
+    }
+    running = ("tgi_batch_current_size",)
+    waiting = ("tgi_queue_size",)
+    prompts = "tgi_request_input_length"
+    step_times = "tgi_request_mean_time_per_token_duration"
+    tokens = ("tgi_request_input_length_sum", "tgi_request_generated_tokens_sum", "tgi_batch_current_max_tokens")
+
+    def __init__(self, client: EngineClient) -> None:
+        super().__init__(client)
+        self._pattern = Page.pattern(
+            [*self.running, *self.waiting, *self.tokens]
+            + [f"{name}_{part}" for name in (self.prompts, self.step_times) for part in ("sum", "count")]
+            + ["tgi_batch_inference_count", "tgi_batch_forward_duration_count"]
+        )
+        self._total: int | None = None
+
+    def describe(self) -> None:
+        """See Adapter."""
+        info = self.client.json("/info")
+        self.model = _text_in(info, "model_id") or self.model
+        self.version = _text_in(info, "version") or self.version
+        total = _number_in(info, "max_batch_total_tokens") if isinstance(info, dict) else None
+        self._total = int(total) if total is not None and total > 0 else None
+
+    def add(self, reading: Reading, page: Page) -> None:
+        """See MetricsAdapter."""
+        done = [page.total(name) for name in self.tokens[:2]]
+        reading.tokens = None if None in done else sum(one or 0.0 for one in done)
+        # Steps, which move long before a request ends.
+        reading.marker = (
+            page.total("tgi_batch_inference_count"), page.total("tgi_batch_forward_duration_count"), reading.marker,
+        )  # fmt: skip
+        used = page.total("tgi_batch_current_max_tokens")
+        if self._total is not None:
+            reading.total = self._total
+            reading.free = -1 if used is None else max(0, self._total - int(used))
+
+
+class LmdeployAdapter(MetricsAdapter):
+    """LMDeploy. It says what part of its KV cache is used, not of how much: the blocks stay unknown."""
+
+    kind = "lmdeploy"
+    prefixes = (b"lmdeploy:",)
+    owner = "lmdeploy"
+    sources: ClassVar[Mapping[str, str]] = {
+        "latency_pred_ms": "lmdeploy:time_per_output_token_seconds, mean since the last look",
+        "scheduling_mode": "lmdeploy:iteration_tokens_total, mean of the last steps",
+        "pending_tokens_total": "waiting requests x mean prompt of the last minute: an estimate",
+        "kv_cache_free_blocks": "not known: it does not say of how many blocks",
+        "kv_cache_total_blocks": "not known",
+        "engine_capacity": "greatest rate of a second with requests waiting",
+        "num_requests_running": "lmdeploy:num_requests_running",
+        "num_requests_waiting": "lmdeploy:num_requests_waiting + lmdeploy:num_api_requests_waiting",
+    }
+    running = ("lmdeploy:num_requests_running",)
+    waiting = ("lmdeploy:num_requests_waiting", "lmdeploy:num_api_requests_waiting")
+    prompts = "lmdeploy:request_prompt_tokens"
+    step_times = "lmdeploy:time_per_output_token_seconds"
+    step_tokens = "lmdeploy:iteration_tokens_total"
+    tokens = ("lmdeploy:prompt_tokens_total", "lmdeploy:generation_tokens_total")
+
+
+ADAPTERS: tuple[type[Adapter], ...] = (
+    VllmAdapter,
+    SglangAdapter,
+    LlamaCppAdapter,
+    TensorRtAdapter,
+    TgiAdapter,
+    LmdeployAdapter,
+)
+
+
+def find_adapter(client: EngineClient) -> Adapter:
+    """Find out which kind of engine answers; raises NoAnswer."""
+    statuses = []
+    for path in ("/metrics", "/prometheus/metrics"):
+        status, page = client.get(path)
+        statuses.append(f"{path}: {status}")
+        if status == 200:
+            for kind in ADAPTERS:
+                wanted = b"|".join(map(re.escape, kind.prefixes))
+                if re.search(rb"^(?:# (?:HELP|TYPE) )?(?:%b)" % wanted, page, re.MULTILINE):
+                    return kind(client)
+    loads = client.json("/v1/loads?include=core")
+    if isinstance(loads, dict) and isinstance(loads.get("loads"), list):
+        return SglangAdapter(client)
+    status, models = client.get("/v1/models")
+    statuses.append(f"/v1/models: {status}")
+    with contextlib.suppress(ValueError, RecursionError):
+        owner = _owner_of(json.loads(models))
+        for kind in ADAPTERS:
+            if kind.owner and kind.owner in owner:
+                return kind(client)
+    kinds = ", ".join(kind.kind for kind in ADAPTERS)
+    raise NoAnswer(f"it is none of the engines that are known ({kinds}): {', '.join(statuses)}")
+
+
+class EngineWatch:
+    """Looks at one engine, whatever it is, again and again. For one thread."""
+
+    DESCRIBE_EVERY_S = 60.0
+
+    def __init__(self, client: EngineClient, clock: Clock = time.monotonic, wall_clock: Clock = time.time) -> None:
+        self.adapter: Adapter | None = None
+        self._client = client
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._described_at = -math.inf
+
+    def now(self) -> Proof:
+        """The time, by both clocks."""
+        return Proof(self._clock(), int(self._wall_clock() * 1000))
+
+    def look(self) -> Look:
+        """Look once; raises NoAnswer."""
+        try:
+            if self.adapter is None:
+                self.adapter = find_adapter(self._client)
+                self._described_at = -math.inf
+            if self._clock() - self._described_at >= self.DESCRIBE_EVERY_S:
+                self._described_at = self._clock()
+                self.adapter.describe()
+            return self.adapter.look(self.now)
+        except RefusedConnection:
+            self.adapter = None  # what comes up there may be something else
+            raise
+
+
+class Outcome(NamedTuple):
+    """How a look ended."""
+
+    look: Look | None
+    error: NoAnswer | None
+
+
+class Sidecar:
+    """The agent beside an engine: one thread looks, and the calling one judges and sends, so that an engine that does
+    not answer does not keep it from being said."""
+
+    PATIENCE_S = 0.1  # how often it is judged while a look takes its time
+    # From outside, an engine whose clients gave up shows nothing when it moves again, so it gets its chance sooner.
+    FORGIVEN_AFTER_S = 10.0
+
+    def __init__(
+        self, settings: Settings, sender: Sender | Printer, watch: EngineWatch, complaints: Complaints, say: Say
+    ) -> None:
+        self._settings = settings
+        self._sender = sender
+        self._watch = watch
+        self._complaints = complaints
+        self._say = say
+        self._agent = Agent(settings, sender, forgiven_after_s=self.FORGIVEN_AFTER_S)
+        self._keys = KeyWatch(settings, complaints)
+        self._outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._found: str | None = None
+
+    def stop(self) -> None:
+        """End it; may be called by a signal's handler."""
+        self._outcomes.put(None)
+
+    def run(self, stop: threading.Event, seconds: float = math.inf) -> None:
+        """Look and send until `stop` is set or the time is over, then say farewell."""
+        end = time.monotonic() + seconds
+        threading.Thread(target=self._keep_looking, args=(stop,), name="elrar-look", daemon=True).start()
+        while not stop.is_set() and time.monotonic() < end:
+            try:
+                outcome = self._outcomes.get(timeout=max(0.0, min(self.PATIENCE_S, end - time.monotonic())))
+            except queue.Empty:
+                self._identify()
+                self._agent.saw_nothing()
+                continue
+            if outcome is None:
+                break
+            self.take(outcome)
+        stop.set()
+        self._agent.ended()
+
+    def _keep_looking(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            began = time.monotonic()
+            self._outcomes.put(self.look())
+            stop.wait(max(0.005, began + self._settings.push_interval_s - time.monotonic()))
+
+    def look(self) -> Outcome:
+        """Look once. In the thread that looks."""
+        try:
+            return Outcome(self._watch.look(), None)
+        except NoAnswer as error:
+            return Outcome(None, error)
+        except Exception as error:
+            return Outcome(None, NoAnswer(f"its answer was not understood ({type(error).__name__}: {error})"))
+
+    def take(self, outcome: Outcome) -> None:
+        """Judge the outcome of one look, and say what is proven."""
+        self._identify()
+        key = self._keys.changed(time.monotonic())
+        if key is not None:
+            self._agent.use_key(key)
+        if outcome.look is not None:
+            self._complaints.over("engine", f"{self._settings.engine_url} answers again")
+            self._agent.saw(outcome.look)
+            return
+        self._complaints.trouble(
+            "engine", f"{self._settings.engine_url} does not say how it is: {outcome.error}; trying on"
+        )
+        if isinstance(outcome.error, RefusedConnection):
+            self._agent.refused()
+        else:
+            self._agent.saw_nothing(answers=isinstance(outcome.error, NoNumbers))
+
+    def _identify(self) -> None:
+        adapter = self._watch.adapter
+        engine_id = self._agent.engine_id or default_engine_id(self._settings, self._sender)
+        model = adapter.model if adapter is not None else None
+        engine = f"{adapter.kind} {adapter.version}" if adapter is not None else "unknown"
+        if adapter is not None and engine_id is not None and self._found != engine:
+            self._found = engine
+            self._say(f"{engine} at {self._settings.engine_url} is reported as {engine_id}")
+        self._agent.identify(engine_id, model, engine)
+
+
+def default_engine_id(settings: Settings, sender: Sender | Printer) -> str | None:
+    """What the router knows the sidecar's engine by; None while this host's address is not known."""
+    if settings.engine_id is not None:
+        return settings.engine_id
+    parts = urllib.parse.urlsplit(settings.engine_url)
+    if not _is_loopback(parts.hostname or ""):
+        return settings.engine_url  # it is elsewhere: this host's address would not lead there
+    own = sender.own_address()
+    if own is None:
+        return None
+    host = f"[{own}]" if ":" in own else own
+    return f"{parts.scheme}://{host}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --check
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHECK_S = 3.0
+CHECK_GAP_S = 0.8  # between the two looks
+
+
+def check(settings: Settings, sender: Sender | Printer, write: Callable[[str], object]) -> int:
+    """Look twice, and write what would be sent and where it comes from; returns the exit status."""
+    began = time.monotonic()
+    client = EngineClient(settings.engine_url, settings.engine_api_key, settings.engine_ca_file)
+    client.give_up_at = began + CHECK_S - 0.2
+    watch = EngineWatch(client)
+    try:
+        first = watch.look()
+        time.sleep(max(0.0, min(CHECK_GAP_S, client.give_up_at - time.monotonic() - 1.0)))
+        second = watch.look()
+    except NoAnswer as error:
+        write(f"{settings.engine_url}: {error}\n")
+        if watch.adapter is not None:
+            write(f"it is {watch.adapter.kind} {watch.adapter.version}\n")
+            for hint in watch.adapter.hints:
+                write(f"would help: {hint}\n")
+        return 1
+    finally:
+        client.close()
+    assert watch.adapter is not None
+    _write_check(settings, sender, watch.adapter, first, second, write)
+    return 0
+
+
+def _write_check(
+    settings: Settings,
+    sender: Sender | Printer,
+    adapter: Adapter,
+    first: Look,
+    second: Look,
+    write: Callable[[str], object],
+) -> None:
+    prover = Prover(settings.stuck_after_s)
+    before = prover.prove(first)
+    proofs = prover.prove(second)
+    meters = {reading.rank: Meter(settings.engine_capacity) for reading in second.readings}
+    for reading in first.readings:
+        if reading.rank in meters:
+            meters[reading.rank].measure(reading, first.at.at)
+    load = merge_loads([meters[reading.rank].measure(reading, second.at.at) for reading in second.readings])
+    moved = [rank for rank, proof in proofs.items() if proof is not None and proof != before.get(rank)]
+    if second.asleep:
+        phase, why = SLEEPING, "the engine says so"
+    elif len(moved) == len(proofs):
+        phase, why = SERVING, "it moved, or is idle"
+    else:
+        phase, why = "not proven", "nothing in it moved between two looks; after a second, that is stuck"
+    sources = {
+        "engine_id": "ENGINE_ID" if settings.engine_id else "by default",
+        "timestamp_ms": "time of the last proof",
+        **adapter.sources,
+    }
+    if settings.engine_capacity is not None:
+        sources["engine_capacity"] = "ENGINE_CAPACITY"
+    at = max((proof for proof in proofs.values() if proof is not None), default=second.at)
+    values: dict[str, object] = {
+        "engine_id": default_engine_id(settings, sender) or "not known yet: no gateway's address",
+        "timestamp_ms": at.ms,
+        **load._asdict(),
+    }
+    write(f"{adapter.kind} {adapter.version} at {settings.engine_url}, model {adapter.model or 'unknown'}\n")
+    write(f"{'phase':<24}{phase:<34}{why}\n")
+    for name, value in values.items():
+        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        if (name.startswith("kv_") and value == -1) or (
+            name in ("engine_capacity", "latency_pred_ms") and value == 0.0
+        ):
+            shown += " (unknown so far)"
+        write(f"{name:<24}{shown:<34}{sources[name]}\n")
+    if len(second.readings) > 1:
+        write(f"of {len(second.readings)} data-parallel ranks: sums, and the greatest latency (DATA_PARALLEL=merged)\n")
+    for hint in adapter.missing():
+        write(f"would help: {hint}\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2361,16 +3468,32 @@ def _run(given: argparse.Namespace, options: _Options, settings: Settings) -> in
     if given.print:
         towards = sender
         sender = Printer(sys.stdout.buffer, towards.own_address)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     sender.start()
     try:
+        if given.check:
+            _wait_for_addresses(sender, threading.Event(), 0.5)
+            return check(settings, sender, sys.stdout.write)
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
         if options.simulate is not None:
             return _simulate(settings, sender, options, stop)
-        return _replay(given.replay, settings, sender, options, stop)
+        if given.replay is not None:
+            return _replay(given.replay, settings, sender, options, stop)
+        return _beside(settings, sender, complaints, options, stop)
     finally:
         sender.stop()
+
+
+def _beside(
+    settings: Settings, sender: Sender | Printer, complaints: Complaints, options: _Options, stop: threading.Event
+) -> int:
+    client = EngineClient(settings.engine_url, settings.engine_api_key, settings.engine_ca_file)
+    sidecar = Sidecar(settings, sender, EngineWatch(client), complaints, say_on_stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sidecar.stop())
+    sidecar.run(stop, options.seconds)
+    return 0
 
 
 def _simulate(settings: Settings, sender: Sender | Printer, options: _Options, stop: threading.Event) -> int:
@@ -2392,9 +3515,10 @@ def _replay(
     return 0
 
 
-def _wait_for_addresses(sender: Sender | Printer, stop: threading.Event) -> None:
+def _wait_for_addresses(sender: Sender | Printer, stop: threading.Event, most_s: float = math.inf) -> None:
     """Wait until at least one name was found: what is sent before is lost."""
-    while isinstance(sender, Sender) and not sender.addresses() and not stop.is_set():
+    until = time.monotonic() + most_s
+    while isinstance(sender, Sender) and not sender.addresses() and not stop.is_set() and time.monotonic() < until:
         stop.wait(0.1)
 
 
