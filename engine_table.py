@@ -1787,12 +1787,14 @@ class _Gauge:
         self._thread.start()
 
     def _run(self) -> None:
+        interval_s = self.INTERVAL_S / 8  # the first rate is shown soon
         while not self._stop.is_set():
             for name in self._table._names:
                 stats = name.document("/stats")
                 if isinstance(stats, dict):
                     self.add(name.url.text, time.monotonic(), stats)
-            self._stop.wait(self.INTERVAL_S)
+            self._stop.wait(interval_s)
+            interval_s = min(self.INTERVAL_S, 2 * interval_s)
 
     def add(self, url: str, now: float, stats: dict[str, Any]) -> None:
         """Take what a gateway said; another instance begins anew."""
@@ -2166,9 +2168,15 @@ class _Terminal:
         """Write the lines that are not as they were."""
         if not self._shown:
             self._write("\x1b[0m\x1b[2J")
-        texts = ["".join(self._styled(text, style) for text, style in line) for line in lines]
+        width, _ = self.size()
+        texts = []
+        for line in lines:
+            text = "".join(self._styled(text, style) for text, style in line)
+            # In the last column this would erase what has just been written there.
+            ends_before = sum(_cell_width(text) for text, _ in line) < width
+            texts.append(text + "\x1b[K" if ends_before else text)
         changed = [
-            f"\x1b[{number + 1};1H{text}\x1b[K"
+            f"\x1b[{number + 1};1H{text}"
             for number, text in enumerate(texts)
             if number >= len(self._shown) or self._shown[number] != text
         ]

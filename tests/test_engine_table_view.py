@@ -18,6 +18,7 @@ import time
 import unittest
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import engine_table
 from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, datagram, heartbeat, wait_until
@@ -167,10 +168,8 @@ class Shown(TableCase):
 
     def test_losses_of_the_last_minute_are_what_is_wrong(self) -> None:
         table = self.table(self.gateway())
-        gauge = engine_table._Gauge(table)
-        gauge.stop()
-        gauge._thread.join(DEADLINE_S)
-        gauge._samples.clear()
+        with mock.patch.object(engine_table._Gauge, "_run"):
+            gauge = engine_table._Gauge(table)
         now = time.monotonic()
         first: dict[str, Any] = {"instance": "a", "valid_states": 1000, "kernel_dropped": 5, "log": {"dropped": 1}}
         gauge.add("http://g", now - 10, first)
@@ -338,6 +337,13 @@ class InATerminal(unittest.TestCase):
             self.assertNotIn("LOAD AGE", terminal.output)
             terminal.resize(160, 50)
             terminal.wait_for("LOAD AGE")
+
+    def test_the_last_column_is_not_erased(self) -> None:
+        """A terminal waits in its last column, and would erase what it has just been sent."""
+        with self.terminal() as terminal:
+            terminal.wait_for("TOK/S")
+            titles = next(line for line in re.split(r"\x1b\[[0-9;]*H", terminal.output) if "ENGINE" in line)
+            self.assertRegex(titles, r"TOK/S(\x1b\[0m)?$")
 
     def test_there_is_no_colour_where_none_is_wanted(self) -> None:
         for environment in ({"NO_COLOR": "1"}, {"TERM": "vt100"}, {}):
