@@ -109,7 +109,7 @@ class StreamError(ValueError):
     """What came is no event stream of a state gateway; the text says why."""
 
 
-_USUAL_EVENT = re.compile(r"id: ([0-9]+)\nevent: ([a-z]+)\ndata: ([^\n]*)\n\n")
+_USUAL_EVENT = re.compile(r"id: ([!-~]{1,200})\nevent: ([a-z]+)\ndata: ([^\n]*)\n\n")
 
 
 class EventStream:
