@@ -12,12 +12,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import unittest
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import daemon_log
 import engine_state
@@ -50,6 +46,7 @@ RUN_ELSEWHERE = {  # by other tests, or by .ci/container and .ci/kubernetes
     "./start_gateway_unicast.sh",
     "pkill -f gateway.py",
     "python3 benchmarks/bench.py",
+    "python3 engine_table.py http://localhost:9999",
     "sed 's/namespace: vllm$/namespace: vllm-b/' config_examples/*.yaml | kubectl apply -f -",
 }
 
@@ -267,83 +264,27 @@ class Commands(unittest.TestCase):
         if command[1] == "run":
             self.assertEqual(command[-1], "elrar/state-gateway:latest")
 
-    def router_example(self) -> dict[str, Any]:
+    def run_example(self, program: str, **settings: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=self.folder,
+            env={**clean_environment(**settings), "PYTHONPATH": str(TOP)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DEADLINE_S,
+        )
+
+    def test_the_routers_example_runs(self) -> None:
         program, *_ = [text for language, text in blocks(ENGLISH) if language == "python"]
-        names: dict[str, Any] = {}
-        exec(program, names)
-        names["logging"] = mock.Mock()  # its thread says again and again that nobody is there, also after the test
-        return names
-
-    def test_a_routers_table_follows_a_fleet_through_silence_return_and_a_restart(self) -> None:
-        """At no look is an entry live that was not pushed within the threshold, or other than it was pushed."""
-        example = self.router_example()
-        settings: dict[str, Any] = {
-            "UDP_PORT": self.port,
-            "BIND_ADDRESS": "127.0.0.1",
-            "STALE_THRESHOLD": 1000,
-            "ENABLE_LOG": "false",
-        }
-        pushed: dict[str, dict[int, float]] = {"a": {}, "b": {}, "c": {}}  # when which pending_tokens_total was pushed
-        silent: set[str] = set()
-        ended = threading.Event()
-
-        def push() -> None:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-                for number in itertools.count(1):
-                    for engine_id in set(pushed) - silent:
-                        pushed[engine_id][number] = time.monotonic()
-                        one = datagram(engine_id=engine_id, timestamp_ms=number, pending_tokens_total=number)
-                        sock.sendto(one, ("127.0.0.1", self.port))
-                    if ended.wait(0.05):
-                        return
-
-        def live() -> set[str]:
-            entries = table.live()
-            for entry in entries:
-                age_s = time.monotonic() - pushed[entry["engine_id"]][entry["pending_tokens_total"]]
-                self.assertLess(age_s, 1.0 + 4.0, entry)  # the threshold, and some for a slow machine
-            return {entry["engine_id"] for entry in entries}
-
-        with daemon(None, **settings):
-            table = example["EngineTable"]("127.0.0.1", self.port)
-            pusher = threading.Thread(target=push)
-            pusher.start()
-            self.addCleanup(pusher.join)
-            self.addCleanup(ended.set)
-            wait_until("all to be seen", lambda: live() == {"a", "b", "c"})
-            silent.add("b")
-            wait_until("b to be stale", lambda: live() == {"a", "c"})
-            silent.clear()
-            wait_until("b to be back", lambda: live() == {"a", "b", "c"})
-            self.assertIn(example["choose"](table.live()), {"a", "b", "c"})
-            instance = table.instance
-        with daemon(None, **settings):
-            wait_until("the new gateway to be read", lambda: [live(), table.instance != instance][1])
-            wait_until("all to be seen again", lambda: live() == {"a", "b", "c"})
-        wait_until("all to be stale without a gateway", lambda: not live())
-        self.assertIsNone(example["choose"](table.live()))
-
-    def test_the_routers_table_takes_a_restarted_gateway_for_what_it_is(self) -> None:
-        example = self.router_example()
-        table = example["EngineTable"]("127.0.0.1", self.port)  # nobody is there
-        entry = {**json.loads(datagram(engine_id="a")), "age_ms": 0, "heartbeat": False}
-        snapshot = {"instance": "first", "stale_threshold_ms": 60_000, "engines": {"a": entry}}
-        table.apply("snapshot", snapshot)
-        table.apply("snapshot", {**snapshot, "instance": "second", "engines": {}})
-        self.assertEqual([one["engine_id"] for one in table.live()], ["a"])
-        table.apply("snapshot", {**snapshot, "instance": "second", "engines": {}})
-        self.assertEqual(table.live(), [])
-
-    def test_the_routers_choice_takes_unknown_for_unknown(self) -> None:
-        example = self.router_example()
-        idle, busy = ({**json.loads(datagram(pending_tokens_total=n)), "heartbeat": False} for n in (0, 90_000))
-        self.assertEqual(example["seconds_of_work"](idle), 0.0)
-        self.assertEqual(example["seconds_of_work"](busy), 90.0)
-        self.assertIsNone(example["seconds_of_work"]({**idle, "heartbeat": True}))
-        self.assertIsNone(example["seconds_of_work"]({**idle, "engine_capacity": 0}))
-        busy["engine_id"] = "busy"
-        chosen = {example["choose"]([idle, busy]) for _ in range(50)}
-        self.assertEqual(chosen, {idle["engine_id"]})
+        with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running:
+            program = program.replace("9999", str(running.http_port))
+            self.assertEqual(self.run_example(program).stdout, "no engine is live\n")
+            running.send(datagram(engine_id="http://172.17.0.3:8000"))
+            running.wait_received(1)
+            done = self.run_example(program)
+        self.assertRegex(done.stdout, r"^http://172\.17\.0\.3:8000, heard from \d+ ms ago\n$")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def test_the_example_over_http_runs(self) -> None:
         _, program, _ = [text for language, text in blocks(ENGLISH) if language == "python"]
