@@ -107,6 +107,8 @@ COUNTERS = (
             "Events not sent, a newer one of the same engine taking their place"),
     Counter("watch.rejected_readers", "watch_rejected_readers_total",
             "Readers of /watch turned away because there are too many"),
+    Counter("held_up_ms", "held_up_seconds_total",
+            "Time in which the gateway did not run: stopped, its machine moved, or without CPU", scale=1e-3),
     Counter("own_log_dropped", "own_log_lines_dropped_total",
             "Lines of the daemon's own log that stderr did not take"),
 )  # fmt: skip

@@ -30,7 +30,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from wake_up import WakeUp
 
@@ -76,25 +76,27 @@ class Pacing:
 class Watermark:
     """The moment (monotonic, s) up to which everything that had arrived has been taken. For the listener's thread."""
 
-    def __init__(self, max_buffered: int, now: float) -> None:
-        """`max_buffered`: the most datagrams that the receive buffers can hold."""
+    def __init__(self, max_buffered: int, now: float, *readers: Callable[[float], None]) -> None:
+        """`max_buffered`: the most datagrams that the receive buffers can hold; `readers` are told when it moves."""
         self._max_buffered = max_buffered
+        self._readers = readers
         self._counted = 0  # datagrams taken since `_counted_from`
         self._counted_from = now
         self.at = now
 
-    def advance(self, began_at: float, taken: int, *, emptied: bool) -> bool:
-        """A step has ended that began then, took so many, and left the sockets empty or not; whether `at` moved."""
+    def advance(self, began_at: float, taken: int, *, emptied: bool) -> None:
+        """A step has ended that began then, took so many, and left the sockets empty or not."""
         self._counted += taken
         if emptied:
             self.at = began_at
         elif self._counted > self._max_buffered:
             self.at = self._counted_from
         else:
-            return False
+            return
         self._counted = 0
         self._counted_from = began_at
-        return True
+        for reader in self._readers:
+            reader(self.at)
 
 
 class ReadBarrier:

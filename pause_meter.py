@@ -1,18 +1,31 @@
 """The gateway's clock, which notices by itself that the whole process was paused.
 
 Every loop of the gateway asks for the time several times a second. If nobody has asked for PAUSED_AFTER_S, no thread
-was running: the process was stopped (SIGSTOP, a frozen container), its machine was, or it got no CPU. Who judges a
-thread by its silence subtracts that, for no thread could have made progress then.
+was running: the process was stopped (SIGSTOP, a frozen container), its machine was, or it got no CPU. Whoever asks
+first afterwards notices it. Two things follow.
+
+A thread is not stuck because it made no progress in a pause: who judges it subtracts the pauses (`running_s_since`).
+
+Silence in a pause is the gateway's own, not the engines'. Their datagrams waited in the receive buffers, or were
+dropped there. So nobody is called stale before what waited has been taken (`note_taken`) and SETTLE_S more have passed,
+in which every engine has pushed again. Until then staleness is judged as of the beginning of the pause (`judged_at`).
+Ages are never touched: they say how old a state is, whoever is to blame.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-PAUSED_AFTER_S = 2.0
+from log_throttle import LogThrottle
+
+logger = logging.getLogger("elrar.pause")
+
+PAUSED_AFTER_S = 1.0
+SETTLE_S = 0.5
 MAX_PAUSES = 64  # remembered
 
 
@@ -22,9 +35,20 @@ class PauseMeter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._asked_at = clock()  # without the lock: threads may set it back by the moment that they lag behind
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards all below; readers need none, because values are replaced as a whole
         self._resumed_at = float("-inf")
         self._pauses: deque[tuple[float, float]] = deque(maxlen=MAX_PAUSES)  # when each ended, and its length
+        # After a pause: its beginning, its end, and when what had waited was taken, or None before that.
+        self._settling: tuple[float, float, float | None] | None = None
+        self._notice = LogThrottle(
+            logger,
+            logging.WARNING,
+            "the gateway was held up: it was stopped, its machine was, or others had the CPU; no engine is called stale"
+            " for that time;",
+            clock=clock,
+        )
+        self.pauses = 0
+        self.held_up_s = 0.0  # in all
 
     def __call__(self) -> float:
         """The time."""
@@ -37,12 +61,45 @@ class PauseMeter:
     def _note_pause(self, now: float) -> None:
         with self._lock:
             length = now - max(self._asked_at, self._resumed_at)  # another thread may have noted it just now
-            if length > PAUSED_AFTER_S:
-                self._pauses.append((now, length))
-                self._resumed_at = now
+            if length <= PAUSED_AFTER_S:
+                return
+            began_at = now - length
+            self._pauses.append((now, length))
+            self._resumed_at = now
+            self._settling = (min(began_at, self.judged_at(began_at)), now, None)
+            self.pauses += 1
+            self.held_up_s += length
+            self._notice.record("seconds=%.1f", length)
+            line = self._notice.take_due()
+        if line is not None:
+            logger.warning("%s", line)
 
     def running_s_since(self, then: float) -> float:
         """Seconds since `then` in which the process was running."""
         now = self()
         with self._lock:
             return now - then - sum(length for resumed_at, length in self._pauses if resumed_at > then)
+
+    def note_taken(self, at: float) -> None:
+        """The listener says that everything that had arrived by `at` has been taken."""
+        if self._settling is None:
+            return
+        with self._lock:
+            if self._settling is None:
+                return
+            began_at, resumed_at, caught_up_at = self._settling
+            if caught_up_at is None:
+                if at >= resumed_at:
+                    self._settling = (began_at, resumed_at, self._clock())
+            elif at >= caught_up_at + SETTLE_S:
+                self._settling = None
+
+    def judged_at(self, now: float) -> float:
+        """The moment as of which staleness is judged: `now`, or the beginning of a pause that has not settled yet."""
+        settling = self._settling
+        if settling is None:
+            return now
+        began_at, _, caught_up_at = settling
+        if caught_up_at is not None and now >= caught_up_at + SETTLE_S:
+            return now
+        return min(now, began_at)

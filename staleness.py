@@ -1,9 +1,13 @@
 """The staleness rule: from when it was heard from until an engine is stale, and until it is removed.
 
+After a pause of the gateway itself staleness is judged as of the pause's beginning for a while: see pause_meter.
+
 All is judged by the gateway's own monotonic clock, when somebody looks, and in whole milliseconds, as they are shown.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 LIVE = "live"
 STALE = "stale"
@@ -24,19 +28,21 @@ def ages_ms(now: float, heard_at: float, shown_at: float) -> tuple[int, int]:
 class Freshness:
     """Says of an engine whether it is live, stale or expired; never changes, safe in any thread."""
 
-    def __init__(self, stale_ms: int, expire_ms: int) -> None:
+    def __init__(self, stale_ms: int, expire_ms: int, judged_at: Callable[[float], float] = lambda now: now) -> None:
+        """`judged_at` says as of which moment staleness is judged now: earlier than now after a pause."""
         self.stale_ms = stale_ms  # the oldest age of a live engine
         self.expire_ms = expire_ms  # the oldest age of an engine that is not removed
+        self.judged_at = judged_at
         self._stale_s = (stale_ms + 1 - 1e-3) / 1000  # the first moment at which age_ms is above stale_ms
 
     def live_since(self, now: float) -> float:
         """Engines that were heard from after this moment are live, the others are stale."""
-        return now - self._stale_s
+        return self.judged_at(now) - self._stale_s
 
-    def is_live(self, age_ms: int) -> bool:
-        """Whether an engine of this age is live: the same rule, for an age that is known already."""
-        return age_ms <= self.stale_ms
+    def is_live(self, silence_ms: int) -> bool:
+        """Whether an engine is live that was silent for so long at the moment of `judged_at`."""
+        return silence_ms <= self.stale_ms
 
-    def is_expired(self, age_ms: int) -> bool:
-        """Whether an engine of this age is to be removed."""
-        return age_ms > self.expire_ms
+    def is_expired(self, silence_ms: int) -> bool:
+        """Whether an engine is to be removed that was silent for so long at the moment of `judged_at`."""
+        return silence_ms > self.expire_ms

@@ -89,7 +89,12 @@ class StateGateway:
         self._parts: list[ComponentThread] = []
         self._memory_reserve = MemoryReserve()
         self._store = StateStore(
-            config.stale_threshold_ms, config.expire_after_ms, config.max_engines, config.history, clock=clock
+            config.stale_threshold_ms,
+            config.expire_after_ms,
+            config.max_engines,
+            config.history,
+            clock=clock,
+            judged_at=clock.judged_at,
         )
         self._watch = Watch(self._store, instance=self._instance, clock=clock, wall_clock=wall_clock)
         self._sockets: list[socket.socket] = []
@@ -139,6 +144,7 @@ class StateGateway:
             self._log,
             allowed_sources=config.allowed_sources,
             low_latency=self._embedded,
+            watermark_readers=[self._clock.note_taken],
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
@@ -423,6 +429,7 @@ class StateGateway:
             },
             "http": counters_document() if self._http is None else self._http.counters(),
             "watch": section("watch", self._watch),
+            "held_up_ms": int(self._clock.held_up_s * 1000),
             "own_log_dropped": self._own_log_dropped(),
         }
 

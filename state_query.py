@@ -186,7 +186,7 @@ class Query:
         """
         head = self._gateway.about()
         now, rows = self._store.snapshot_of(engine_ids) if engine_ids else self._store.snapshot()
-        ends, lasting = EndsJson(now, self._ages_json), self._lasting
+        ends, lasting = EndsJson(now, self._store.freshness, self._ages_json), self._lasting
         pieces = [b""]
         live_engines = 0
         wants_live, wants_stale = LIVE in statuses, STALE in statuses
@@ -216,7 +216,7 @@ class Query:
         view = self._store.view(engine_id)
         if view is None:
             raise QueryError(404, _NO_SUCH_ENGINE)
-        end, _ = self._ages_json[view.age_ms, view.state_age_ms]
+        end = self._ages_json[view.age_ms, view.state_age_ms, view.status == LIVE]
         return Answer(200, lone_entry_head(quote_json(engine_id).encode(), view.visible) + end + b"\n")
 
     def _history(self, question: Question) -> Answer:

@@ -206,8 +206,10 @@ class StateStore:
         history: int,
         *,
         clock: Callable[[], float] = time.monotonic,
+        judged_at: Callable[[float], float] = lambda now: now,
     ) -> None:
-        self.freshness = Freshness(stale_threshold_ms, expire_after_ms)
+        """`judged_at`: see Freshness."""
+        self.freshness = Freshness(stale_threshold_ms, expire_after_ms, judged_at)
         self._max_engines = max_engines
         self._history = history
         self._clock = clock
@@ -317,12 +319,12 @@ class StateStore:
         with self._lock:
             engines = list(self._engines.values())
         # Looked through without the lock, since `heard_at` only moves forward; what is found is checked again under it.
-        live_since = self.freshness.live_since(watermark)
+        judged_at, live_since = self.freshness.judged_at(watermark), self.freshness.live_since(watermark)
         silent = [engine for engine in engines if engine.heard_at <= live_since]
         removed = 0
         with self._lock:
             for engine in silent:
-                silence_ms = age_ms(watermark, engine.heard_at)
+                silence_ms = age_ms(judged_at, engine.heard_at)
                 if self.freshness.is_expired(silence_ms):
                     if self._engines.get(engine.quoted_id) is engine:  # not removed by another sweep
                         self._remove(engine)
@@ -435,9 +437,9 @@ class StateStore:
 
     def _view(self, engine: _Engine, now: float) -> EngineView:
         # Without the lock: `visible` is replaced as a whole, and `heard_at`, read after it, is at least as new.
-        visible = engine.visible
-        ages = ages_ms(now, engine.heard_at, visible[2])
-        status = LIVE if self.freshness.is_live(ages[0]) else STALE
+        visible, heard_at = engine.visible, engine.heard_at
+        ages = ages_ms(now, heard_at, visible[2])
+        status = LIVE if heard_at > self.freshness.live_since(now) else STALE
         return EngineView(engine.engine_id, status, *ages, visible)
 
 

@@ -25,8 +25,6 @@ COMMENT_INTERVAL_S = 15.0  # of silence, after which a comment says that the str
 COLLECT_INTERVAL_S = 0.001  # at least, between two collections of what changed
 STALE_INTERVAL_S = 0.05  # between two checks for engines that went stale
 THROTTLE_INTERVAL_S = 0.02  # between two checks for states that min_interval_ms no longer holds back
-PAUSED_S = 1.0  # without a collection: intake then has STALE_AFTER_PAUSE_S to take what waits in its sockets
-STALE_AFTER_PAUSE_S = 0.1
 
 EVENT_STATE, EVENT_STALE, EVENT_LIVE, EVENT_REMOVED = b"state", b"stale", b"live", b"removed"
 
@@ -73,7 +71,7 @@ class Watch:
     ) -> None:
         self._store = store
         self._clock = clock
-        self.ages_json = AgesJson(store.freshness)  # the query server's other answers use it too
+        self.ages_json = AgesJson()  # the query server's other answers use it too
         # Event ids are a number and the gateway's instance. The numbers grow over its restarts too, because none has a
         # million events a second for long; the instance says whose they are.
         self._number = self._complete_from = int(wall_clock() * 1e6)
@@ -139,8 +137,6 @@ class Watch:
             self._collect(now)
 
     def _collect(self, now: float) -> None:
-        if now - self._collected_at > PAUSED_S:
-            self._next_stale_check_at = now + STALE_AFTER_PAUSE_S
         self._collected_at = now
         noted = self._store.collect_changes()
         if noted is None:
@@ -199,7 +195,7 @@ class Watch:
     def render(self, events: list[_Event], *, renumber: bool = False) -> bytes:
         """The events as they are sent, with what is known of the engines now."""
         now, known = self._store.snapshot_of(event.engine_id for event in events)
-        rows, ends = {row[0]: row for row in known}, EndsJson(now, self.ages_json)
+        rows, ends = {row[0]: row for row in known}, EndsJson(now, self._store.freshness, self.ages_json)
         text = []
         for event in events:
             row = event.removed or rows.get(event.engine_id)

@@ -122,10 +122,14 @@ class UdpListener:
         *,
         allowed_sources: Sequence[Network] = (),
         low_latency: bool = False,
+        watermark_readers: Sequence[Callable[[float], None]] = (),
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`low_latency`: the store is read without `catch_up`, so that datagrams must not wait for long."""
+        """`low_latency`: the store is read without `catch_up`, so that datagrams must not wait for long.
+
+        `watermark_readers`, besides the store, are told up to when everything that had arrived has been taken.
+        """
         self._inlets = {sock.fileno(): _Inlet(sock, sock.getsockname(), make_receiver(sock)) for sock in sockets}
         self._store = store
         self._log = log
@@ -141,7 +145,8 @@ class UdpListener:
             self._poll.register(sock, select.POLLIN)
         self._barrier = ReadBarrier(sockets, self._wakeup)
         granted = [granted_receive_buffer(sock) * 2 for sock in sockets]
-        self._watermark = Watermark(1 + sum(granted) // MIN_CHARGE_BYTES, clock())
+        max_buffered = 1 + sum(granted) // MIN_CHARGE_BYTES
+        self._watermark = Watermark(max_buffered, clock(), store.advance_watermark, *watermark_readers)
         self._pacing = Pacing(min(granted) / 4 / MAX_CHARGE_BYTES, clock())  # a quarter of what certainly fits
         self._drops = KernelDrops(sockets)
         self._notices = _Notices(clock)
@@ -188,8 +193,7 @@ class UdpListener:
             taken += from_it
             emptied &= it_is_empty
         barrier.end(ticket, emptied=emptied)
-        if self._watermark.advance(began_at, taken, emptied=emptied):
-            self._store.advance_watermark(self._watermark.at)
+        self._watermark.advance(began_at, taken, emptied=emptied)
         return taken
 
     def _empty(self, inlet: _Inlet) -> tuple[int, bool]:

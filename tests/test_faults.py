@@ -212,6 +212,45 @@ class Floods(FaultCase):
         self.assertEqual(running.wait_received(750)["kernel_dropped"], 0)
 
 
+class Paused(FaultCase):
+    """A pause of the gateway itself is not blamed on the engines."""
+
+    def pause(self, running: Daemon) -> None:
+        running.signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        running.signal(signal.SIGCONT)
+
+    def test_engines_that_go_on_pushing_are_never_called_stale(self) -> None:
+        running = self.start(STALE_THRESHOLD=1500, EXPIRE_AFTER=1500)
+        with honest_engines(running, 20):
+            self.pause(running)
+            for _ in range(100):
+                engines = running.ask("/engines").json["engines"]
+                self.assertEqual({engine["status"] for engine in engines.values()}, {"live"})
+                self.assertEqual(len(engines), 20)
+        stats = running.stats()
+        self.assertEqual(stats["expired_engines"], 0)
+        self.assertGreater(stats["held_up_ms"], 1000)
+        self.assertIn("elrar_state_gateway_held_up_seconds_total", running.ask("/metrics").body.decode())
+        self.assertEqual(running.stop(), 0)
+        self.assert_quiet(running, "held up")
+        self.assertFalse([line for line in running.lines if "went stale" in line], running.lines)
+
+    def test_engines_that_were_paused_with_it_have_time_to_push_again(self) -> None:
+        """As on one machine that moved. Their ages are true all the same, and who stays silent is removed later."""
+        running = self.start(STALE_THRESHOLD=1500, EXPIRE_AFTER=1500)
+        running.send(datagram(engine_id="returns"), datagram(engine_id="silent"))
+        running.wait_received(2)
+        self.pause(running)
+        engines = running.ask("/engines").json["engines"]
+        self.assertEqual([(e["status"], e["age_ms"] > 2400) for e in engines.values()], [("live", True)] * 2)
+        self.assertEqual(running.ask("/engines/silent").json["status"], "live")
+        self.assertEqual(running.stats()["active_engines"], 2)
+        running.send(datagram(engine_id="returns", timestamp_ms=1234567891))
+        wait_until("the silent one to be removed", lambda: running.stats()["expired_engines"])
+        self.assertEqual(list(running.ask("/engines").json["engines"]), ["returns"])
+
+
 class Disks(FaultCase):
     """Whatever the disk does, states are taken; what is accepted is logged, or counted as dropped; lines are whole."""
 

@@ -315,9 +315,9 @@ class Threads(GatewayCase):
             assert gateway.http_port is not None
             self.assertTrue(entered.wait(DEADLINE_S))
             others = [part for part in gateway._parts if part.name != "reaper"]
-            for _ in range(6):
+            for _ in range(11):
                 self.assertEqual(ask(gateway.http_port, "/livez").status, 200)
-                clock.move(1.9)  # less than what is taken for a pause of the whole process
+                clock.move(0.95)  # less than what is taken for a pause of the whole process
                 wait_until("the others to move", lambda: all(p.component.moved_at == clock.now for p in others))
             answer = ask(gateway.http_port, "/livez")
             self.assertEqual(answer.status, 503)

@@ -60,24 +60,25 @@ class Marks(unittest.TestCase):
     """The watermark is never later than the arrival of something that still waits."""
 
     def test_empty_sockets_move_it_to_the_beginning_of_the_step(self) -> None:
-        watermark = Watermark(1000, 0.0)
-        self.assertTrue(watermark.advance(5.0, 10, emptied=True))
-        self.assertEqual(watermark.at, 5.0)
+        told: list[float] = []
+        watermark = Watermark(1000, 0.0, told.append)
+        watermark.advance(5.0, 10, emptied=True)
+        self.assertEqual((watermark.at, told), (5.0, [5.0]))
 
     def test_it_stays_while_something_may_wait(self) -> None:
-        watermark = Watermark(1000, 0.0)
-        self.assertFalse(watermark.advance(5.0, 1000, emptied=False))
-        self.assertEqual(watermark.at, 0.0)
+        told: list[float] = []
+        watermark = Watermark(1000, 0.0, told.append)
+        watermark.advance(5.0, 1000, emptied=False)
+        self.assertEqual((watermark.at, told), (0.0, []))
 
     def test_more_than_the_buffers_hold_moves_it_to_where_counting_began(self) -> None:
         watermark = Watermark(1000, 0.0)
-        self.assertTrue(watermark.advance(5.0, 1, emptied=True))
-        self.assertFalse(watermark.advance(6.0, 600, emptied=False))
-        self.assertTrue(watermark.advance(7.0, 401, emptied=False))
-        self.assertEqual(watermark.at, 5.0)
-        self.assertFalse(watermark.advance(8.0, 1000, emptied=False))
-        self.assertTrue(watermark.advance(9.0, 1, emptied=False))
-        self.assertEqual(watermark.at, 7.0)
+        watermark.advance(5.0, 1, emptied=True)
+        marks = []
+        for began_at, taken in ((6.0, 600), (7.0, 401), (8.0, 1000), (9.0, 1)):
+            watermark.advance(began_at, taken, emptied=False)
+            marks.append(watermark.at)
+        self.assertEqual(marks, [5.0, 5.0, 5.0, 7.0])
 
 
 class Barrier(unittest.TestCase):

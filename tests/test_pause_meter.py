@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import unittest
+from unittest import mock
 
-from pause_meter import MAX_PAUSES, PAUSED_AFTER_S, PauseMeter
+from pause_meter import MAX_PAUSES, PAUSED_AFTER_S, SETTLE_S, PauseMeter
 from tests.harness import FakeClock
 
 
@@ -15,6 +16,9 @@ class Pauses(unittest.TestCase):
     def setUp(self) -> None:
         self.clock = FakeClock()
         self.meter = PauseMeter(self.clock)
+        patched = mock.patch("pause_meter.logger")
+        patched.start()
+        self.addCleanup(patched.stop)
 
     def run_for(self, seconds: int) -> None:
         for _ in range(seconds):
@@ -79,6 +83,84 @@ class Pauses(unittest.TestCase):
             self.clock.move(60)
             self.meter()
         self.assertEqual(len(self.meter._pauses), MAX_PAUSES)
+
+
+class Judging(unittest.TestCase):
+    """Nobody is called stale for a time in which the gateway did not listen."""
+
+    def setUp(self) -> None:
+        self.clock = FakeClock()
+        self.meter = PauseMeter(self.clock)
+
+    def pause(self, seconds: float) -> float:
+        """A pause that a thread notices afterwards; returns its beginning."""
+        began_at = self.clock.now
+        self.clock.move(seconds)
+        self.meter()
+        return began_at
+
+    def run_for(self, seconds: float) -> None:
+        for _ in range(10):
+            self.clock.move(seconds / 10)
+            self.meter()
+
+    def judged_at(self) -> float:
+        return self.meter.judged_at(self.meter())
+
+    def test_without_a_pause_the_present_counts(self) -> None:
+        for _ in range(30):
+            self.run_for(1.0)
+            self.assertEqual(self.judged_at(), self.clock.now)
+            self.meter.note_taken(self.clock.now)
+        self.assertEqual((self.meter.pauses, self.meter.held_up_s), (0, 0.0))
+
+    def test_the_first_to_ask_after_it_is_told_its_beginning(self) -> None:
+        before = self.clock.now
+        self.clock.move(10)
+        with self.assertLogs("elrar.pause", "WARNING") as logged:
+            self.assertEqual(self.judged_at(), before)
+        self.assertIn("held up", logged.output[0])
+        self.assertIn("seconds=10.0", logged.output[0])
+
+    def test_until_what_waited_is_taken_and_half_a_second_more(self) -> None:
+        with self.assertLogs("elrar.pause"):
+            before = self.pause(10)
+        for _ in range(5):
+            self.run_for(1.0)
+            self.assertEqual(self.judged_at(), before)
+        self.meter.note_taken(before)  # a step that had begun before the pause
+        self.run_for(1.0)
+        self.assertEqual(self.judged_at(), before)
+        self.meter.note_taken(self.clock.now)
+        self.run_for(SETTLE_S - 0.01)
+        self.assertEqual(self.judged_at(), before)
+        self.run_for(0.02)
+        self.assertEqual(self.judged_at(), self.clock.now)
+        self.meter.note_taken(self.clock.now)
+        self.assertEqual(self.judged_at(), self.clock.now)
+
+    def test_a_pause_before_the_last_one_has_settled_goes_on_from_it(self) -> None:
+        with self.assertLogs("elrar.pause"):
+            before = self.pause(10)
+            self.meter.note_taken(self.clock.now)
+            self.run_for(SETTLE_S / 2)
+            self.pause(3)
+        self.assertEqual(self.judged_at(), before)
+
+    def test_a_pause_after_the_last_one_has_settled_begins_anew(self) -> None:
+        with self.assertLogs("elrar.pause"):
+            self.pause(10)
+            self.meter.note_taken(self.clock.now)
+            self.run_for(SETTLE_S + 0.01)
+            before = self.pause(3)
+        self.assertEqual(self.judged_at(), before)
+
+    def test_what_is_counted(self) -> None:
+        with self.assertLogs("elrar.pause"):
+            for seconds in (10, 5):
+                self.pause(seconds)
+                self.run_for(1.0)
+        self.assertEqual((self.meter.pauses, round(self.meter.held_up_s, 3)), (2, 15.0))
 
 
 if __name__ == "__main__":
