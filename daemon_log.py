@@ -10,43 +10,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
 
-PERIOD_S = 60.0
-EXAMPLES = 3
 MAX_QUEUED_LINES = 1000
-
-
-class OncePerMinute:
-    """One kind of line, said at most once a minute; what happens in between is counted and said with the next.
-
-    Not locked: each belongs to one thread, or is used under its owner's lock.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._quiet_until = float("-inf")
-        self._count = 0
-        self._examples: list[str] = []
-
-    def add(self, count: int = 1) -> bool:
-        """Count occurrences; returns whether an example is wanted, which only the first few are."""
-        self._count += count
-        return len(self._examples) < EXAMPLES
-
-    def example(self, text: str) -> None:
-        """Keep the example that `add` wanted."""
-        self._examples.append(text)
-
-    def due(self) -> str | None:
-        """What to say now, as `count=..., such as ...`, or None where there is nothing or it is too early."""
-        if not self._count or self._clock() < self._quiet_until:
-            return None
-        said = f"count={self._count}" + (f", such as {'; '.join(self._examples)}" if self._examples else "")
-        self._quiet_until = self._clock() + PERIOD_S
-        self._count = 0
-        self._examples = []
-        return said
 
 
 class _QueueingHandler(logging.Handler):
