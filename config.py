@@ -56,9 +56,14 @@ class Config:
     allowed_sources: tuple[Network, ...]  # empty = all
     receive_buffer: int
     http_idle_timeout_s: int
+    http_tokens_file: str | None  # None = everybody may read
+    allowed_origins: tuple[str, ...]  # of web pages; empty = none, ANY_ORIGIN in it = all
     stats_interval_s: int
     log_level: str
     http_follows_udp: bool  # HTTP_PORT was not set: the same number as the UDP port that is really bound
+
+
+ANY_ORIGIN = "*"
 
 
 class _Refused(Exception):
@@ -124,6 +129,16 @@ def _networks(text: str) -> tuple[Network, ...]:
         return tuple(_unmapped(ipaddress.ip_network(part.strip(), strict=False)) for part in text.split(","))
     except ValueError:
         raise _Refused from None
+
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#,*@]+")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = tuple(part.strip().lower() for part in text.split(","))
+    if not all(origin == ANY_ORIGIN or _ORIGIN.fullmatch(origin) for origin in origins) or not text.isascii():
+        raise _Refused
+    return origins
 
 
 def _unmapped(network: Network) -> Network:
@@ -199,6 +214,13 @@ SETTINGS: tuple[Setting, ...] = (
             "a whole number of seconds from 1 to 86400",
             "seconds for which an idle HTTP connection is kept: longer than balancers keep theirs, so that they close"
             " first", _whole_number(1, 86_400)),
+    Setting("HTTP_TOKENS_FILE", "http_tokens_file", "(none)",
+            "a path of printable characters",
+            "path of readers' tokens, one a line, 16 to 256 characters of ! to ~ that do not begin with #; with it,"
+            " everything but the probes asks for one; read again at SIGHUP", _path),
+    Setting("ALLOWED_ORIGINS", "allowed_origins", "(none)",
+            "comma-separated origins, such as https://dashboard.example:8443, without a path, or *",
+            "origins of web pages that may read it from a browser (CORS), or `*`", _origins),
     Setting("STATS_INTERVAL", "stats_interval_s", "60",
             "a whole number of seconds from 0 to 86400",
             "seconds between summary lines in the daemon's own log; 0 = none", _whole_number(0, 86_400)),
@@ -238,7 +260,8 @@ def _fill_computed_defaults(values: dict[str, object], environ: Mapping[str, str
     values["http_follows_udp"] = PREFIX + "HTTP_PORT" not in environ
     if values["http_follows_udp"]:
         values["http_port"] = values.get("udp_port")
-    values["allowed_sources"] = values.get("allowed_sources") or ()
+    for networks_or_origins in ("allowed_sources", "allowed_origins"):
+        values[networks_or_origins] = values.get(networks_or_origins) or ()
     stale_ms, expire_ms = values.get("stale_threshold_ms"), values.get("expire_after_ms")
     if not isinstance(stale_ms, int):
         return []
@@ -273,17 +296,17 @@ def effective_settings(config: Config, environ: Mapping[str, str]) -> str:
         origin = "environment" if setting.variable in environ else "default"
         if setting.field == "bind_address" and config.network_mode == BROADCAST:
             origin += ", not used in broadcast mode, which listens on all interfaces"
-        lines.append(f"{setting.variable}={_written(getattr(config, setting.field))}  # {origin}")
+        lines.append(f"{setting.variable}={_written(getattr(config, setting.field), setting)}  # {origin}")
     return "\n".join(lines)
 
 
-def _written(value: object) -> str:
+def _written(value: object, setting: Setting) -> str:
     if value is None:
-        return "off"
+        return "off" if setting.parse is _port_or_off else setting.default
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "(all)"
+        return ",".join(map(str, value)) or setting.default
     return str(value)
 
 
@@ -318,4 +341,10 @@ def example_environment() -> str:
 
 
 # What the computed defaults are where everything else is at its default, or what they look like.
-_COMPUTED_EXAMPLES = {"EXPIRE_AFTER": "6000", "HTTP_PORT": "9999", "ALLOWED_SOURCES": "0.0.0.0/0,::/0"}
+_COMPUTED_EXAMPLES = {
+    "EXPIRE_AFTER": "6000",
+    "HTTP_PORT": "9999",
+    "ALLOWED_SOURCES": "0.0.0.0/0,::/0",
+    "HTTP_TOKENS_FILE": "/etc/elrar/http-tokens",
+    "ALLOWED_ORIGINS": "https://dashboard.example:8443",
+}

@@ -60,6 +60,7 @@ if TYPE_CHECKING or not __package__ or __name__ == "__main__":
     from daemon_log import DaemonLog
     from embedded_gateway import get_state_gateway
     from engine_state import EngineState
+    from reader_access import load_tokens
     from sockets import format_address, listen_address
     from start_errors import StartError, cannot_have
     from state_gateway import VERSION, StateGateway
@@ -82,6 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse_arguments(arguments)
     try:
         config = read_config(os.environ)
+        if not options.health_check:
+            load_tokens(config.http_tokens_file, warn=options.check_config)
     except ConfigError as error:
         for line in error.errors:
             _complain(line)
@@ -186,6 +189,7 @@ def _wait_for_exit(gateway: StateGateway, exits: _Exits, systemd: SystemdNotify)
         reasons = exits.wait(None if wake_at == never else max(0.0, wake_at - time.monotonic()))
         if "SIGHUP" in reasons:
             gateway.reopen_log()
+            gateway.reload_tokens()
             systemd.reloading(gateway.describe())
             reasons.remove("SIGHUP")
         if reasons:

@@ -10,7 +10,7 @@ import email.utils
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,11 +19,13 @@ MAX_HEAD_BYTES = 16384  # request line and headers
 MAX_HEADERS = 100
 MAX_LIST_BYTES = 1000  # of a header that is a list, such as Connection
 
+METHODS = ("GET", "HEAD", "OPTIONS")
 JSON_TYPE = "application/json"
 REASON_PHRASES = {
     200: "OK",
     204: "No Content",
     400: "Bad Request",
+    401: "Unauthorized",
     404: "Not Found",
     405: "Method Not Allowed",
     414: "URI Too Long",
@@ -77,6 +79,7 @@ class Answer:
     body: bytes
     content_type: str = JSON_TYPE
     headers: tuple[str, ...] = ()  # further ones, whole lines
+    held_back_s: float = 0.0  # it is sent so much later, and the connection ends with it
 
 
 class Stream(Protocol):
@@ -270,11 +273,11 @@ class ResponseHeads:
         # 204 has no body, and may not say how long it is.
         return self._write(answer.status, *(about_body if answer.status != 204 else ()), *answer.headers, *connection)
 
-    def of_stream(self, stream: Stream, *, is_chunked: bool) -> bytes:
+    def of_stream(self, stream: Stream, headers: Sequence[str], *, is_chunked: bool) -> bytes:
         """The head of an answer that ends with its connection."""
         about_body = (f"Content-Type: {stream.content_type}", "X-Accel-Buffering: no")
         chunked = ("Transfer-Encoding: chunked",) if is_chunked else ()
-        return self._write(200, *about_body, "Connection: close", *chunked)
+        return self._write(200, *about_body, *headers, "Connection: close", *chunked)
 
     def _write(self, status: int, *lines: str) -> bytes:
         head = (

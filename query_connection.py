@@ -37,10 +37,11 @@ class Phase(enum.IntEnum):
     WRITING = 3  # an answer is on its way
     STREAMING = 4  # an answer that goes on until the reader leaves
     LINGERING = 5  # all is said; what the peer still sends is passed over
-    CLOSED = 6
+    HELD = 6  # an answer is held back, and what comes meanwhile is passed over
+    CLOSED = 7
 
 
-_UNFINISHED = (Phase.IDLE, Phase.READING, Phase.LINGERING)
+_UNFINISHED = (Phase.IDLE, Phase.READING, Phase.LINGERING, Phase.HELD)
 
 
 def network_of(host: str) -> str:
@@ -108,7 +109,7 @@ class Connection:
     """A connection and what has come and has to go; acts for itself, and never waits."""
 
     __slots__ = (
-        "_buffer", "_clock", "_idle_timeout_s", "answers", "deadline", "is_chunked", "is_reserve", "keep_alive",
+        "_buffer", "_clock", "_idle_timeout_s", "answers", "deadline", "held", "is_chunked", "is_reserve", "keep_alive",
         "network", "outbox", "peer", "phase", "request", "sock", "stream",
     )  # fmt: skip
 
@@ -135,6 +136,7 @@ class Connection:
         self.stream: Stream | None = None
         self.is_chunked = False  # the stream goes out in chunks
         self._buffer = RequestBuffer()
+        self.held: Callable[[], None] | None = None  # sends the answer that is held back
         self.outbox = Outbox(unsent)
 
     def use_reserve(self) -> None:
@@ -174,6 +176,12 @@ class Connection:
         assert self.request is not None
         request, self.request = self.request, None
         return request
+
+    def hold_back(self, seconds: float, send: Callable[[], None]) -> None:
+        """Have an answer sent when the deadline is over, which is in so many seconds."""
+        self.phase = Phase.HELD
+        self.deadline = self._clock() + seconds
+        self.held = send
 
     def begin_answer(self, *parts: bytes, keep_alive: bool) -> None:
         """Have an answer sent, as one message."""
@@ -245,6 +253,7 @@ class Connection:
     def close(self) -> None:
         """Close the socket and the stream; twice is harmless."""
         self.phase = Phase.CLOSED
+        self.held = None
         self.outbox.clear()
         if self.stream is not None:
             self.stream.close()

@@ -59,8 +59,11 @@ REJECTIONS = {
 class Application(Protocol):
     """What the server serves."""
 
-    def respond(self, request: Request) -> Answer | Stream:
-        """Answer a request, also one that cannot be answered; for one thread at a time."""
+    def respond(self, request: Request, network: str) -> Answer | Stream:
+        """Answer a request of that network, also one that cannot be answered; for one thread at a time."""
+
+    def headers_for(self, request: Request) -> tuple[str, ...]:
+        """Header lines that any answer to this request has, one that the server makes too."""
 
     def is_probe(self, request: Request) -> bool:
         """Whether it is answered before all others, and also if there is no place for more connections."""
@@ -75,6 +78,7 @@ class Counters:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.requests = 0
         self.closed_idle = 0  # connections that asked nothing, closed to make room
+        self.unauthorized = 0  # requests without a token that may read
         self.rejections = dict.fromkeys(REJECTIONS, 0)
         self._notice = LogThrottle(logger, logging.WARNING, "turned away or cut off connections", clock=clock)
         self._bugs = LogThrottle(logger, logging.ERROR, "could not answer requests", clock=clock)
@@ -244,7 +248,13 @@ class QueryServer:
     def counters(self) -> dict[str, Any]:
         """What /stats says of it; from any thread."""
         counters = self._counters
-        return counters_document(self.connections, counters.requests, counters.closed_idle, counters.rejections.copy())
+        return counters_document(
+            self.connections,
+            counters.requests,
+            counters.unauthorized,
+            counters.closed_idle,
+            counters.rejections.copy(),
+        )
 
     def run(self) -> None:
         """Answer until `stop` is called, then finish the answers that were begun, for half a second at most."""
@@ -354,6 +364,10 @@ class QueryServer:
             return
         self._judge_at = judged_at + TICK_S
         for connection in [connection for connection in self._places if connection.deadline <= judged_at]:
+            if connection.held is not None:
+                send, connection.held = connection.held, None
+                send()
+                continue
             if connection.phase is Phase.READING:
                 self._counters.reject("slow_request", f"peer={connection.peer}")
             elif connection.phase in (Phase.WRITING, Phase.STREAMING):
@@ -496,7 +510,14 @@ class QueryServer:
             self._begin_stream(connection, request, answer)
             return
         keep_alive = request.keep_alive and not connection.is_reserve and not self._stopping
+        if answer.status == 401:
+            self._counters.unauthorized += 1
+        answer = replace(answer, headers=(*answer.headers, *self._application.headers_for(request)))
         answered = _Answered(connection, answer, keep_alive, head_only=request.method == "HEAD")
+        if answer.held_back_s:
+            answered.keep_alive = False
+            connection.hold_back(answer.held_back_s, lambda: self._respond(answered))
+            return
         if len(answer.body) > MIN_GZIP_BYTES:
             answered.answer = replace(answer, headers=(*answer.headers, "Vary: Accept-Encoding"))
             if accepts_gzip(request):
@@ -531,7 +552,7 @@ class QueryServer:
                 self._counters.reject("unread_answers", f"peer={slowest.peer}")
                 self._close(slowest)
         try:
-            return self._application.respond(request)
+            return self._application.respond(request, connection.network)
         except Exception:
             self._counters.record_bug(f"target={request.target!r}")
             return error_answer(500, "this question met an error in the gateway, which is in its log")
@@ -566,7 +587,7 @@ class QueryServer:
         self._counters.requests += 1
         # If nothing says how much has come, urllib3 and requests wait until their buffers are full: up to 64 KiB.
         is_chunked = not request.http_1_0
-        head = self._heads.of_stream(stream, is_chunked=is_chunked)
+        head = self._heads.of_stream(stream, self._application.headers_for(request), is_chunked=is_chunked)
         if request.method == "HEAD":
             stream.close()
             connection.begin_answer(head, keep_alive=False)
@@ -577,13 +598,18 @@ class QueryServer:
 
 
 def counters_document(
-    connections: int = 0, requests: int = 0, closed_idle: int = 0, rejections: dict[str, int] | None = None
+    connections: int = 0,
+    requests: int = 0,
+    unauthorized: int = 0,
+    closed_idle: int = 0,
+    rejections: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """The part of /stats that is about HTTP, all zero if there is no server."""
     counts = rejections or dict.fromkeys(REJECTIONS, 0)
     return {
         "connections": connections,
         "requests": requests,
+        "unauthorized": unauthorized,
         "closed_idle": closed_idle,
         "rejected_connections": sum(counts.values()),
         "rejections": counts,

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 from component_thread import ComponentThread, MemoryReserve
-from config import BROADCAST, PREFIX, UNICAST, Config
+from config import BROADCAST, PREFIX, UNICAST, Config, ConfigError
 from engine_state import EngineState
 from gateway_counters import FINAL_COUNTERS, section
 from late_query_server import LateQueryServer
 from log_file import standard_stream
 from pause_meter import PauseMeter
 from query_server import QueryServer, counters_document
+from reader_access import ReaderAccess, load_tokens
 from sockets import (
     format_address,
     granted_receive_buffer,
@@ -97,6 +98,7 @@ class StateGateway:
             judged_at=clock.judged_at,
         )
         self._watch = Watch(self._store, instance=self._instance, clock=clock, wall_clock=wall_clock)
+        self._access = ReaderAccess(load_tokens(config.http_tokens_file), config.allowed_origins, clock=clock)
         self._sockets: list[socket.socket] = []
         self._http_sockets: list[socket.socket] = []
         self._log: StateLog | None = None
@@ -171,7 +173,7 @@ class StateGateway:
     def _make_query_server(self, http_sockets: list[socket.socket]) -> QueryServer:
         return QueryServer(
             http_sockets,
-            Query(self._store, self, self._watch, clock=self._clock),
+            Query(self._store, self, self._watch, access=self._access, clock=self._clock),
             idle_timeout_s=self.config.http_idle_timeout_s,
             clock=self._clock,
             wall_clock=self._wall_clock,
@@ -294,6 +296,13 @@ class StateGateway:
         """Open the state log anew, as after SIGHUP."""
         if self._log is not None:
             self._log.reopen()
+
+    def reload_tokens(self) -> None:
+        """Read the readers' tokens again, as after SIGHUP; if they cannot be used, the old ones stay."""
+        try:
+            self._access.set_tokens(load_tokens(self.config.http_tokens_file))
+        except ConfigError as error:
+            logger.error("the readers' tokens stay as they were: %s", error)
 
     def _thread_ended(self, name: str, failed: bool) -> None:
         if failed or not self._stopping:

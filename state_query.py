@@ -18,14 +18,14 @@ from urllib.parse import unquote_to_bytes
 
 import state_metrics as metrics
 from engine_state import quote_json
-from http_message import Answer, QueryError, Request, error_answer, json_answer
+from http_message import METHODS, Answer, QueryError, Request, error_answer, json_answer
+from reader_access import ReaderAccess
 from staleness import LIVE, STALE
 from state_entry import EndsJson, entry_head, lone_entry_head, past_state_json
 from state_store import StateStore, Visible
 from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
-METHODS = ("GET", "HEAD", "OPTIONS")
 _ALLOW = f"Allow: {', '.join(METHODS)}"
 MAX_INTERVAL_MS = 3_600_000
 MAX_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
@@ -101,8 +101,15 @@ class Query:
     """Answers questions by path; for one thread at a time."""
 
     def __init__(
-        self, store: StateStore, gateway: Gateway, watch: Watch, *, clock: Callable[[], float] = time.monotonic
+        self,
+        store: StateStore,
+        gateway: Gateway,
+        watch: Watch,
+        *,
+        access: ReaderAccess | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._access = access or ReaderAccess()
         self._store = store
         self._gateway = gateway
         self._watch = watch
@@ -116,16 +123,27 @@ class Query:
 
     def is_probe(self, request: Request) -> bool:
         """Whether a request is answered before all others, and also if there is no place for more connections."""
-        route = _BY_PATH.get(request.target.partition("?")[0])
-        return request.method == "OPTIONS" or (route is not None and route.is_probe)
+        if request.method == "OPTIONS":
+            return True
+        try:
+            return find_route(request.target.partition("?")[0])[0].is_probe
+        except QueryError:
+            return False
 
-    def respond(self, request: Request) -> Answer | WatchReader:
-        """Answer a request, also one that cannot be answered."""
+    def headers_for(self, request: Request) -> tuple[str, ...]:
+        """Header lines that any answer to this request has."""
+        return self._access.headers_for(request)
+
+    def respond(self, request: Request, network: str = "") -> Answer | WatchReader:
+        """Answer a request that comes from a network, also one that cannot be answered."""
         if request.method == "OPTIONS":
             return Answer(204, b"", headers=(_ALLOW,))
+        refusal = None if self.is_probe(request) else self._access.refusal(request, network)
+        if refusal is not None:
+            return refusal
         if request.method not in METHODS:
-            refusal = error_answer(405, f"this is read-only: {_listed(METHODS)} are answered")
-            return replace(refusal, headers=(_ALLOW,))
+            not_allowed = error_answer(405, f"this is read-only: {_listed(METHODS)} are answered")
+            return replace(not_allowed, headers=(_ALLOW,))
         try:
             return self.answer(request.target, request.header("last-event-id"))
         except QueryError as error:

@@ -45,6 +45,8 @@ class Defaults(unittest.TestCase):
                 allowed_sources=(),
                 receive_buffer=8388608,
                 http_idle_timeout_s=650,
+                http_tokens_file=None,
+                allowed_origins=(),
                 stats_interval_s=60,
                 log_level="INFO",
                 http_follows_udp=True,
@@ -54,6 +56,26 @@ class Defaults(unittest.TestCase):
     def test_expiry_follows_the_stale_threshold(self) -> None:
         self.assertEqual(read(STALE_THRESHOLD="5000").expire_after_ms, 15000)
         self.assertEqual(read(STALE_THRESHOLD="5000", EXPIRE_AFTER="5000").expire_after_ms, 5000)
+
+    def test_origins(self) -> None:
+        """Are lower-case, as browsers send them, and have no path."""
+        self.assertEqual(
+            read(ALLOWED_ORIGINS="https://A.example, http://b:80").allowed_origins, ("https://a.example", "http://b:80")
+        )
+        self.assertEqual(read(ALLOWED_ORIGINS="*").allowed_origins, ("*",))
+        for text in (
+            "",
+            "a.example",
+            "https://a/",
+            "https://a,",
+            "https://a/b",
+            "https://*.a",
+            "null",
+            "https://ä",
+            "https://a b",
+        ):
+            with self.subTest(text), self.assertRaises(ConfigError):
+                read(ALLOWED_ORIGINS=text)
 
     def test_the_http_port_follows_the_udp_port(self) -> None:
         self.assertEqual(read(UDP_PORT="8888").http_port, 8888)
@@ -211,7 +233,8 @@ class OneTable(unittest.TestCase):
         every = dict(line.lstrip("#").split("=", 1) for line in lines if line.lstrip("#").startswith("VLLM_"))
         self.assertEqual(list(every), [setting.variable for setting in SETTINGS])
         computed = {**vars(read_config({})), "http_follows_udp": False}
-        del computed["allowed_sources"]
+        for only_looks_like_it in ("allowed_sources", "http_tokens_file", "allowed_origins"):
+            del computed[only_looks_like_it]
         self.assertEqual({name: getattr(read_config(every), name) for name in computed}, computed)
 
     def test_the_readme_says_what_the_table_says(self) -> None:

@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import unittest
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -46,7 +47,12 @@ STREAMS: list[LargeStream] = []
 class AnyApplication:
     """Answers a few paths, and whatever else with its own target."""
 
-    def respond(self, request: Request) -> Answer | Stream:
+    def headers_for(self, request: Request) -> tuple[str, ...]:
+        return ("Vary: Origin",) if request.header("origin") else ()
+
+    def respond(self, request: Request, network: str) -> Answer | Stream:
+        if request.target == "/wrong":
+            return replace(error_answer(401, network), held_back_s=1.0)
         if request.target == "/big":
             return Answer(200, BIG)
         if request.target == "/error":
@@ -371,12 +377,12 @@ class AfterAPause(SteppedCase):
         self.steps()
         respond = self.server._application.respond
 
-        def paused(request: Request) -> Answer | Stream:
+        def paused(request: Request, network: str) -> Answer | Stream:
             for client in clients[1:]:
                 client.send(b"Host: a\r\n\r\n")
             self.clock.move(1000)
             self.server._application.respond = respond  # type: ignore[method-assign]
-            return respond(request)
+            return respond(request, network)
 
         self.server._application.respond = paused  # type: ignore[method-assign]
         clients[0].send(b"Host: a\r\n\r\n")
@@ -545,9 +551,9 @@ class SteppedNetworks(SteppedCase):
         order = []
         respond = self.server._application.respond
 
-        def noted(request: Request) -> Answer | Stream:
+        def noted(request: Request, network: str) -> Answer | Stream:
             order.append(request.target)
-            return respond(request)
+            return respond(request, network)
 
         self.server._application.respond = noted  # type: ignore[method-assign]
         greedy = [self.connect("127.0.0.2") for _ in range(6)]
@@ -559,6 +565,51 @@ class SteppedNetworks(SteppedCase):
         self.steps()
         self.assertEqual(len(order), 7)
         self.assertIn("/honest", order[:2])
+
+
+class HeldBack(SteppedCase):
+    """An answer that is held back takes nobody's time and nobody's place."""
+
+    max_connections = 8
+
+    def test_it_comes_later(self) -> None:
+        client = self.connect().send(b"GET /wrong HTTP/1.1\r\nHost: a\r\n\r\nGET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.steps()
+        other = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.clock.move(0.9)
+        self.steps()
+        self.assertEqual(other.response()[0], 200)
+        client.sock.settimeout(0)
+        with self.assertRaises(BlockingIOError):
+            client.sock.recv(1, socket.MSG_PEEK)
+        client.sock.settimeout(DEADLINE_S)
+        self.clock.move(0.2)
+        self.steps()
+        status, headers, body = client.response()
+        self.assertEqual((status, headers["connection"], json.loads(body)), (401, "close", {"error": "127.0.0.1"}))
+        self.assertEqual(self.server.counters()["unauthorized"], 1)
+
+    def test_it_makes_room(self) -> None:
+        held = [self.connect().send(b"GET /wrong HTTP/1.1\r\nHost: a\r\n\r\n") for _ in range(8)]
+        self.steps()
+        client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.steps()
+        self.assertEqual(client.response()[0], 200)
+        self.assertEqual(sum(connection.phase is query_connection.Phase.HELD for connection in self.server._places), 7)
+        self.assertEqual(len(held), 8)
+
+
+class Origins(SteppedCase):
+    """What the application adds to the head is in every answer, also in a stream's."""
+
+    def test_headers_of_the_application(self) -> None:
+        for target in (b"/x", b"/error", b"/bug", b"/stream"):
+            client = self.connect().send(b"GET " + target + b" HTTP/1.1\r\nHost: a\r\nOrigin: http://a\r\n\r\n")
+            with self.subTest(target), contextlib.ExitStack() as stack:
+                if target == b"/bug":
+                    stack.enter_context(self.assertLogs("elrar.http", "ERROR"))
+                self.steps()
+                self.assertEqual(client.response(head_only=True)[1]["vary"], "Origin")
 
 
 class Gzip(SteppedCase):

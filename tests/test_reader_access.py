@@ -1,0 +1,235 @@
+"""Who may read: tokens that are right are answered at once, wrong ones are counted, and none is shown anywhere."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import os
+import signal
+import stat
+import tempfile
+import unittest
+from pathlib import Path
+
+from config import ConfigError
+from http_message import Request
+from reader_access import GUESSES_S, MAX_GUESSERS, MAX_GUESSES, ReaderAccess, TokensError, load_tokens, read_tokens
+from tests.harness import Daemon, FakeClock, daemon, wait_until
+
+TOKEN = b"a-right-token-of-28-letters!"
+OTHER = b"#".join((b"another-right-token", b"with-everything!\"$%&'()*+,-./:;<=>?@[\\]^_`{|}~"))
+WRONG = b"b-right-token-of-28-letters!"
+
+
+def request(authorization: str | None = None, method: str = "GET", **headers: str) -> Request:
+    values = {name.encode(): [value.encode("latin-1")] for name, value in headers.items()}
+    if authorization is not None:
+        values[b"authorization"] = [authorization.encode("latin-1")]
+    return Request(method, "/engines", keep_alive=True, headers=values)
+
+
+def bearer(token: bytes) -> str:
+    return f"Bearer {token.decode('latin-1')}"
+
+
+def basic(user_and_password: bytes) -> str:
+    return f"Basic {base64.b64encode(user_and_password).decode()}"
+
+
+class Tokens(unittest.TestCase):
+    def setUp(self) -> None:
+        self.clock = FakeClock()
+        self.access = ReaderAccess([TOKEN, OTHER], clock=self.clock)
+
+    def status(self, authorization: str | None, network: str = "10.0.0.1") -> int:
+        refusal = self.access.refusal(request(authorization), network)
+        return 200 if refusal is None else refusal.status
+
+    def held_back_s(self, authorization: str | None, network: str = "10.0.0.1") -> float:
+        refusal = self.access.refusal(request(authorization), network)
+        assert refusal is not None
+        return refusal.held_back_s
+
+    def test_right_tokens(self) -> None:
+        """As Bearer, or as the password of any user, so that a browser can."""
+        for token in (TOKEN, OTHER):
+            for authorization in (
+                bearer(token), f"bearer   {token.decode()}", basic(b":" + token), basic(b"me:" + token),
+            ):  # fmt: skip
+                with self.subTest(authorization):
+                    self.assertEqual(self.status(authorization), 200)
+
+    def test_wrong_ones(self) -> None:
+        """Are told what is needed, and nothing of what was sent."""
+        for authorization in (
+            None, "", "Bearer", "Bearer ", bearer(WRONG), bearer(TOKEN[:-1]), bearer(TOKEN + b"!"),
+            bearer(TOKEN.upper()),
+            f"Digest {TOKEN.decode()}", TOKEN.decode(), basic(TOKEN), basic(TOKEN + b":"), basic(b"me:" + WRONG),
+            "Basic !", "Basic ä", "Basic YQ", "Bearer \xff\xfe", bearer(TOKEN + b"," + OTHER), bearer(b"x" * 16000),
+        ):  # fmt: skip
+            with self.subTest(authorization):
+                refusal = self.access.refusal(request(authorization), "10.0.0.1")
+                assert refusal is not None
+                self.assertEqual(refusal.status, 401)
+                self.assertEqual([line.split(" ")[1] for line in refusal.headers], ["Bearer", "Basic"])
+                for token in (TOKEN, OTHER, WRONG):
+                    self.assertNotIn(token[:8], refusal.body)
+
+    def test_without_a_file_everybody_reads(self) -> None:
+        self.assertIsNone(ReaderAccess().refusal(request(), "10.0.0.1"))
+        self.assertIsNone(ReaderAccess().refusal(request(bearer(WRONG)), "10.0.0.1"))
+
+    def test_guesses_are_held_back(self) -> None:
+        """After 20 in a minute of one network; a right token is answered at once all the same."""
+        self.assertEqual([self.held_back_s(bearer(WRONG)) for _ in range(MAX_GUESSES)], [0.0] * MAX_GUESSES)
+        self.assertEqual(self.held_back_s(bearer(WRONG)), 1.0)
+        self.assertEqual(self.held_back_s(basic(b":" + WRONG)), 1.0)
+        self.assertEqual(self.status(bearer(TOKEN)), 200)
+        self.assertEqual(self.held_back_s(bearer(WRONG), "10.0.0.2"), 0.0)
+        self.assertEqual(self.held_back_s(None), 0.0)
+        self.clock.move(GUESSES_S + 1)
+        self.assertEqual(self.held_back_s(bearer(WRONG)), 0.0)
+
+    def test_no_token_is_no_guess(self) -> None:
+        """A browser that has not asked its user yet, or a load balancer."""
+        for _ in range(3 * MAX_GUESSES):
+            self.assertEqual(self.held_back_s(None), 0.0)
+        self.assertEqual(self.held_back_s(bearer(WRONG)), 0.0)
+
+    def test_guessers_are_bounded(self) -> None:
+        """Those that were quiet for longest are forgotten first."""
+        for _ in range(MAX_GUESSES):
+            self.held_back_s(bearer(WRONG), "guesser")
+        for number in range(MAX_GUESSERS + 10):
+            self.held_back_s(bearer(WRONG), f"network-{number}")
+            if number % 1000 == 0:
+                self.assertEqual(self.held_back_s(bearer(WRONG), "guesser"), 1.0)
+        self.assertLessEqual(len(self.access._guesses), MAX_GUESSERS)
+
+
+class Origins(unittest.TestCase):
+    """Only pages of origins that are allowed may read, and a cache is told that it depends."""
+
+    def test_allowed_and_others(self) -> None:
+        access = ReaderAccess(allowed_origins=("https://a.example", "http://b:8080"))
+        self.assertEqual(
+            access.headers_for(request(origin="http://b:8080")),
+            ("Vary: Origin", "Access-Control-Allow-Origin: http://b:8080"),
+        )
+        for headers in ({}, {"origin": "http://b"}, {"origin": "https://a.example.evil"}, {"origin": "null"}):
+            self.assertEqual(access.headers_for(request(**headers)), ("Vary: Origin",))
+
+    def test_preflight(self) -> None:
+        lines = ReaderAccess(allowed_origins=("*",)).headers_for(request(method="OPTIONS", origin="null"))
+        self.assertIn("Access-Control-Allow-Origin: *", lines)
+        self.assertIn("Access-Control-Allow-Headers: Authorization, Last-Event-ID", lines)
+        self.assertIn("Access-Control-Allow-Methods: GET, HEAD, OPTIONS", lines)
+
+    def test_none_are_allowed_by_default(self) -> None:
+        self.assertEqual(ReaderAccess().headers_for(request(origin="https://a.example")), ())
+
+
+class Files(unittest.TestCase):
+    """A file that cannot be used is told by line and fault, and never by what is in it."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name) / "tokens"
+
+    def write(self, content: bytes, mode: int = 0o600) -> str:
+        self.path.write_bytes(content)
+        self.path.chmod(mode)
+        return str(self.path)
+
+    def test_tokens_comments_and_empty_lines(self) -> None:
+        content = b"# for the router\n" + TOKEN + b"\n\n#" + WRONG + b"\r\n" + OTHER + b"\r\n" + b"x" * 256
+        self.assertEqual(read_tokens(self.write(content)), ([TOKEN, OTHER, b"x" * 256], ""))
+
+    def test_what_cannot_be_used(self) -> None:
+        for content, words in (
+            (b"", "no token"),
+            (b"# none\n\n", "no token"),
+            (TOKEN + b"\nshort\n", "line 2: a token has 16 to 256 characters, and this one has 5"),
+            (b"x" * 257, "line 1"),
+            (b"\n" + b"a token in two words" + b"\n", "line 2"),
+            (b" " + TOKEN, "line 1"),
+            (TOKEN + b" ", "line 1"),
+            (TOKEN + b"\t# a comment", "line 1"),
+            ("ein-schlüssel-mit-umlaut".encode(), "line 1"),
+            (b"\xef\xbb\xbf" + TOKEN, "line 1"),
+            (b"\0" * 20, "line 1"),
+            (TOKEN + b"\x0b" + OTHER, "line 1"),
+        ):
+            with self.subTest(content[:40]):
+                with self.assertRaises(TokensError) as refused:
+                    read_tokens(self.write(content))
+                self.assertIn(words, str(refused.exception))
+                for secret in (TOKEN.decode(), "short", "two words", "umlaut"):
+                    self.assertNotIn(secret, str(refused.exception))
+
+    def test_no_file(self) -> None:
+        for path in (str(self.path), str(self.path.parent), "/dev/null"):
+            with self.subTest(path), self.assertRaises(ConfigError) as refused:
+                load_tokens(path)
+            self.assertIn("HTTP_TOKENS_FILE=", str(refused.exception))
+
+    def test_a_file_that_others_can_read(self) -> None:
+        path = self.write(TOKEN, 0o644)
+        self.assertIn("chmod", read_tokens(path)[1])
+        os.chmod(path, stat.S_IRUSR | stat.S_IRGRP)
+        self.assertEqual(read_tokens(path)[1], "")
+
+
+class Process(unittest.TestCase):
+    """The daemon with tokens, as it is started and told to read them again."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.path = self.folder / "tokens"
+
+    def write(self, content: bytes) -> None:
+        self.path.write_bytes(content)
+        self.path.chmod(0o600)
+
+    def status(self, running: Daemon, path: str, token: bytes | None = None) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", running.http_port)
+        try:
+            connection.request("GET", path, headers={} if token is None else {"Authorization": bearer(token)})
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def test_read_again_at_sighup(self) -> None:
+        """A file that cannot be used leaves the old tokens, and nothing of any token is in the log."""
+        self.write(TOKEN)
+        with daemon(self.folder, HTTP_TOKENS_FILE=self.path, BIND_ADDRESS="127.0.0.1") as running:
+            for path in ("/", "/engines", "/watch", "/version", "/nowhere", "/metrics", "/livez/"):
+                self.assertEqual(self.status(running, path), 401, path)
+            for path in ("/livez", "/health", "/readyz"):
+                self.assertEqual(self.status(running, path), 200, path)
+            self.assertEqual(self.status(running, "/engines", TOKEN), 200)
+            self.write(OTHER[:5])
+            running.signal(signal.SIGHUP)
+            self.assertIn("line 1", running.wait_for_line("the readers' tokens stay"))
+            self.assertEqual(self.status(running, "/engines", TOKEN), 200)
+            self.write(OTHER)
+            running.signal(signal.SIGHUP)
+            wait_until("the new token to be known", lambda: self.status(running, "/engines", OTHER) == 200)
+            self.assertEqual(self.status(running, "/engines", TOKEN), 401)
+            self.assertEqual(running.stop(), 0)
+            for token in (TOKEN, OTHER):
+                self.assertNotIn(token.decode()[:5], "".join(running.lines))
+
+    def test_a_wrong_file_is_a_wrong_setting(self) -> None:
+        self.write(b"short")
+        running = Daemon(self.folder, {"HTTP_TOKENS_FILE": self.path})
+        self.addCleanup(running.close)
+        self.assertEqual(running.wait_exit(), 2)
+        self.assertRegex("".join(running.lines), "HTTP_TOKENS_FILE=.* line 1: .* this one has 5")
+
+
+if __name__ == "__main__":
+    unittest.main()
