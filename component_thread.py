@@ -9,7 +9,7 @@ import logging
 import mmap
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 from config import PREFIX
 from pause_meter import PauseMeter
@@ -39,13 +39,33 @@ class MemoryReserve:
             self._held.close()
 
 
+class Component(Protocol):
+    """A part of the gateway that has a loop. `run` has a thread; the rest may be called from any."""
+
+    @property
+    def last_progress_at(self) -> float:
+        """When the loop was last got round to, monotonic; reading it needs no lock."""
+
+    def run(self) -> None:
+        """Do the work until `stop` is called; an exception ends the whole gateway."""
+
+    def stop(self) -> None:
+        """Make `run` finish what was begun, and return; twice is harmless."""
+
+    def close(self) -> None:
+        """Let go of everything; only after `run` has returned."""
+
+    def close_descriptors(self) -> None:
+        """Close the descriptors and do nothing else: in a forked child, or when the start has failed."""
+
+
 class ComponentThread:
     """A component and its thread."""
 
     def __init__(
         self,
         name: str,
-        component: Any,
+        component: Component,
         on_end: Callable[[str, bool], None],
         stuck_after_s: float,
         memory_reserve: MemoryReserve,
@@ -81,7 +101,7 @@ class ComponentThread:
 
     def is_making_progress(self, clock: PauseMeter) -> bool:
         """Whether the thread is alive and has lately got round to its loop, pauses of the whole process aside."""
-        return self.thread.is_alive() and clock.running_s_since(self.component.moved_at) < self._stuck_after_s
+        return self.thread.is_alive() and clock.running_s_since(self.component.last_progress_at) < self._stuck_after_s
 
     def stop(self, timeout_s: float) -> bool:
         """Stop the component and wait for its thread; False if it has not ended in time."""

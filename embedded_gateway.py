@@ -87,15 +87,15 @@ def _shut_down_gateway_of_process() -> None:
         _process_gateway.shutdown()
 
 
-def _abandon_gateway_of_parent() -> None:
+def _close_descriptors_of_parent() -> None:
     """In a forked child: its threads are not here, and its sockets must not stay open here when it closes them."""
     global _process_gateway, _process_lock, _last_failure
     _process_lock = threading.Lock()  # the parent's may be held by a thread that is not here
     _last_failure = None
     if _process_gateway is not None:
-        _process_gateway.abandon()
+        _process_gateway.close_descriptors()
         _process_gateway = None
 
 
 atexit.register(_shut_down_gateway_of_process)
-os.register_at_fork(after_in_child=_abandon_gateway_of_parent)
+os.register_at_fork(after_in_child=_close_descriptors_of_parent)

@@ -61,9 +61,9 @@ class LateQueryServer:
         return True
 
     @property
-    def moved_at(self) -> float:
+    def last_progress_at(self) -> float:
         """When the thread last made progress, monotonic."""
-        return self._tried_at if self._server is None else self._server.moved_at
+        return self._tried_at if self._server is None else self._server.last_progress_at
 
     def counters(self) -> dict[str, Any]:
         """See QueryServer."""
@@ -86,7 +86,7 @@ class LateQueryServer:
         if self._server is not None:
             self._server.close()
 
-    def abandon(self) -> None:
+    def close_descriptors(self) -> None:
         """See QueryServer."""
         if self._server is not None:
-            self._server.abandon()
+            self._server.close_descriptors()

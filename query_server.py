@@ -38,7 +38,6 @@ TURN_S = 0.05  # of answering, before new connections and probes are looked for 
 CONNECTION_TURN_S = 0.005  # of answering one connection that pipelines
 MAX_REQUESTS_PER_TURN = 16  # of one connection
 MAX_ACCEPTED_PER_TURN = 64
-PAUSED_AFTER_S = 2.0  # a wait of TICK_S that took so long means that the whole process was paused
 STUCK_S = 2.0  # of taking nothing of a stream, if others wait for room
 LATE_READER_S = 1.0  # for one that is late and goes on taking: so much more, again and again
 STREAM_SEND_BUFFER = 128 * 1024  # bytes: what the kernel has of a stream cannot be replaced by newer; 4 MB are a minute
@@ -227,8 +226,8 @@ class QueryServer:
         self._clock = clock
         self._heads = ResponseHeads(wall_clock, idle_timeout_s)
         self._selector = selectors.DefaultSelector()
-        self._turn = WakeUp()
-        self._selector.register(self._turn, selectors.EVENT_READ)
+        self._wakeup = WakeUp()
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._acceptor = Acceptor(listeners, self._selector)
         self._places = Places(max_connections or _connections_that_fit(), idle_timeout_s)
         self._queue = TurnQueue()
@@ -237,8 +236,7 @@ class QueryServer:
         self._judge_at = 0.0  # monotonic; when to look for who is late
         self._refusing = self._stopping = False
         self._counters = Counters(clock)
-        self.moved_at = clock()
-        self.resumed_at = float("-inf")  # monotonic; when a wait was much too long: the process was paused
+        self.last_progress_at = clock()
 
     @property
     def connections(self) -> int:
@@ -271,20 +269,20 @@ class QueryServer:
     def refuse_new(self) -> None:
         """Let go of the port, and go on answering those who are connected; from any thread, twice is harmless."""
         self._refusing = True
-        self._turn.set()
+        self._wakeup.set()
 
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""
         self._stopping = True
-        self._turn.set()
+        self._wakeup.set()
 
     def close(self) -> None:
         """Close every socket; only after `run` has returned."""
         for connection in list(self._places):
             self._close(connection)
-        self.abandon()
+        self.close_descriptors()
 
-    def abandon(self) -> None:
+    def close_descriptors(self) -> None:
         """Close the descriptors and nothing else: in a forked child, where the connections are its parent's."""
         self._selector.close()
         for connection in self._places:
@@ -307,17 +305,15 @@ class QueryServer:
         if self._streams:
             wait_s = min(wait_s, max(0.0, self._streams.next_at - now))
         events = self._selector.select(0 if self._queue or self._gzip_queue else wait_s)
-        self.moved_at = self._clock()
-        if self.moved_at - now > PAUSED_AFTER_S:
-            self.resumed_at = self.moved_at
+        self.last_progress_at = self._clock()
         return events
 
     def _handle_events(self, events: list[tuple[selectors.SelectorKey, int]]) -> None:
         for key, _ in events:
             if isinstance(key.fileobj, socket.socket) and key.fileobj in self._acceptor.listeners:
                 self._accept(key.fileobj)
-            elif key.fileobj is self._turn:
-                self._turn.clear()
+            elif key.fileobj is self._wakeup:
+                self._wakeup.clear()
                 if self._refusing:
                     self._acceptor.close()
                     for connection in self._streams:

@@ -139,7 +139,7 @@ class StateGateway:
         if config.enable_log:
             self._log_path = self._absolute_log_path()
             self._log = self._open_log()
-            opened.callback(self._log.abandon)
+            opened.callback(self._log.close_descriptors)
         self._listener = UdpListener(
             self._sockets,
             self._store,
@@ -150,7 +150,7 @@ class StateGateway:
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
-        opened.callback(self._listener.abandon)
+        opened.callback(self._listener.close_descriptors)
         reaper = Reaper(self._store, config.expire_after_ms, clock=self._clock)
         parts = [
             self._thread("udp-listener", self._listener, STUCK_AFTER_S),
@@ -350,7 +350,7 @@ class StateGateway:
                     logger.error("gave up waiting for a thread thread=%s", part.name)
                 if part.component is self._log:
                     self._end_log(self._log, ended)
-                elif ended and part.name != "reaper":
+                elif ended:
                     part.component.close()
             self._is_shut_down = True
 
@@ -358,17 +358,16 @@ class StateGateway:
         if ended:
             stats = self.get_stats()
             stopped = {name: stats[name] for name in FINAL_COUNTERS}
-            given_up = log.close("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
+            given_up = log.end("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
         else:
             given_up = log.give_up()  # its disk hangs
         if given_up:
             logger.error("gave up on states that could not be written states=%d file=%s", given_up, log.path)
 
-    def abandon(self) -> None:
+    def close_descriptors(self) -> None:
         """Close the descriptors that a forked child has of its parent's gateway; takes no lock, writes nothing."""
         for part in self._parts:
-            if part.name != "reaper":
-                part.component.abandon()
+            part.component.close_descriptors()
 
     # -- answers -------------------------------------------------------------------------------------------------------
 

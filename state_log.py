@@ -189,7 +189,7 @@ class StateLog:
         self._written = 0
         self._errors = 0
         self._trouble = Trouble(self._target.name, buffer_bytes, clock)
-        self.moved_at = clock()  # monotonic
+        self.last_progress_at = clock()  # monotonic
 
     @property
     def path(self) -> str:
@@ -259,7 +259,7 @@ class StateLog:
         self._stopping = True
         self._wakeup.set()
 
-    def close(self, event: str, message: str, **fields: object) -> int:
+    def end(self, event: str, message: str, **fields: object) -> int:
         """Write the last line and close the file; returns how many states had to be given up.
 
         Only after `run` has returned.
@@ -272,20 +272,24 @@ class StateLog:
             except OSError as error:
                 self._take_unfinished_line_back()
                 logger.error("the last line of the state log was not written error=%s", error)
-        self._target.close()
+        self.close()
         return given_up
 
     def give_up(self) -> int:
         """Count all that is not written yet as dropped; returns how many states. From any thread, at stop."""
         return self._buffer.close()
 
-    def abandon(self) -> None:
-        """Close the file and nothing else: its lock stays with the process that this one was forked from."""
+    def close(self) -> None:
+        """Close the file, with no last line; only after `run` has returned."""
+        self._target.close()
+
+    def close_descriptors(self) -> None:
+        """Close the file and do nothing else: its lock stays with the process that this one was forked from."""
         self._target.close()
 
     def step(self) -> None:
         """One round: see whether the file is still there, and write all that waits."""
-        self.moved_at = self._clock()
+        self.last_progress_at = self._clock()
         self._unwritten.extend(self._buffer.remove_waiting())
         if not self._trouble.may_try():
             return
@@ -311,7 +315,7 @@ class StateLog:
                     raise
                 continue
             self._note_written(wrote)
-            self.moved_at = self._clock()
+            self.last_progress_at = self._clock()
 
     def _next_pieces(self) -> list[memoryview | bytes]:
         """What is written next, in one system call: whole lines if they fit, and not more than has room in the file."""

@@ -451,19 +451,25 @@ class Reaper:
         self._period_s = min(0.5, max(0.02, expire_after_ms / 10_000))
         self._clock = clock
         self._stopping = False
-        self._turn = WakeUp()
-        self.moved_at = clock()  # monotonic; written by the reaper's thread only
+        self._wakeup = WakeUp()
+        self.last_progress_at = clock()  # monotonic; written by the reaper's thread only
 
     def run(self) -> None:
         """Sweep until `stop` is called."""
         while True:
-            self._turn.wait(self._period_s)
+            self._wakeup.wait(self._period_s)
             if self._stopping:
                 return
-            self.moved_at = self._clock()
+            self.last_progress_at = self._clock()
             self._store.sweep()
 
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""
         self._stopping = True
-        self._turn.set()
+        self._wakeup.set()
+
+    def close(self) -> None:
+        """See Component: there is nothing to let go of."""
+
+    def close_descriptors(self) -> None:
+        """See Component: it has none."""

@@ -150,7 +150,7 @@ class UdpListener:
         self._pacing = Pacing(min(granted) / 4 / MAX_CHARGE_BYTES, clock())  # a quarter of what certainly fits
         self._drops = KernelDrops(sockets)
         self._notices = _Notices(clock)
-        self.moved_at = clock()  # monotonic; written by the listener's thread only
+        self.last_progress_at = clock()  # monotonic; written by the listener's thread only
 
     def run(self) -> None:
         """Take datagrams until `stop` is called, and then what waits in the socket."""
@@ -181,7 +181,7 @@ class UdpListener:
         ticket = barrier.ticket()
         began_at = self._clock()
         ready = self._poll.poll(wait_ms)
-        self.moved_at = self._clock()
+        self.last_progress_at = self._clock()
         taken, emptied = 0, True
         barrier.begin()
         for fd, _ in ready:
@@ -200,7 +200,7 @@ class UdpListener:
         """Take what waits in a socket, MAX_BATCHES_PER_STEP at most; returns how many, and whether it is empty now."""
         taken = 0
         for _ in range(MAX_BATCHES_PER_STEP):
-            self.moved_at = self._clock()
+            self.last_progress_at = self._clock()
             try:
                 datagrams, addresses = inlet.receiver.receive()
             except OSError as error:
@@ -331,9 +331,9 @@ class UdpListener:
     def close(self) -> None:
         """Close the sockets; only after `run` has returned."""
         self._drops.total()
-        self.abandon()
+        self.close_descriptors()
 
-    def abandon(self) -> None:
+    def close_descriptors(self) -> None:
         """Close the descriptors and do nothing else."""
         for inlet in self._inlets.values():
             inlet.sock.close()

@@ -215,7 +215,7 @@ class Fuzz(unittest.TestCase):
                 self.take_all(listener, log)
             counters = store.counters()
             listener.close()
-            log.close("gateway_stopped", "stopped")
+            log.end("gateway_stopped", "stopped")
             self.assertEqual(counters["total_received"], 5_100)
             rejected = counters["invalid_states"] + counters["rejected_capacity"] + counters["rejected_source"]
             self.assertEqual(counters["total_received"], counters["valid_states"] + rejected)

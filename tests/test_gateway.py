@@ -318,7 +318,7 @@ class Threads(GatewayCase):
             for _ in range(11):
                 self.assertEqual(ask(gateway.http_port, "/livez").status, 200)
                 clock.move(0.95)  # less than what is taken for a pause of the whole process
-                wait_until("the others to move", lambda: all(p.component.moved_at == clock.now for p in others))
+                wait_until("the others to move", lambda: all(p.component.last_progress_at == clock.now for p in others))
             answer = ask(gateway.http_port, "/livez")
             self.assertEqual(answer.status, 503)
             stuck_threads = [name for name, state in answer.json["threads"].items() if state != "ok"]

@@ -312,11 +312,6 @@ class Deadlines(ServerCase):
             self.assertTrue(client.at_end())
         self.assertEqual((self.rejected(), self.server.counters()["closed_idle"]), (0, 0))
 
-    def test_a_pause_of_the_process_is_noticed(self) -> None:
-        self.assertEqual(self.server.resumed_at, float("-inf"))
-        self.clock.move(20)
-        wait_until("the pause to be noticed", lambda: self.server.resumed_at == self.clock.now)
-
 
 class SteppedCase(unittest.TestCase):
     """A server without a thread: the test makes its turns."""

@@ -47,7 +47,7 @@ class LogCase(unittest.TestCase):
             wall_clock=lambda: WALL_S,
         )
         log.open("gateway_started", "network mode: unicast, test", version="1")
-        self.addCleanup(log.abandon)
+        self.addCleanup(log.close_descriptors)
         return log
 
     def write(self, log: StateLog, *numbers: int) -> None:
@@ -75,7 +75,7 @@ class Lines(LogCase):
     def test_the_first_line_says_the_network_mode_and_the_last_has_the_counters(self) -> None:
         log = self.make_log()
         self.write(log, 1, 2)
-        self.assertEqual(log.close("gateway_stopped", "network mode: unicast, stopped", total_received=2), 0)
+        self.assertEqual(log.end("gateway_stopped", "network mode: unicast, stopped", total_received=2), 0)
         first, *_, last = read_log(self.path)
         self.assertEqual(
             first,
@@ -138,7 +138,7 @@ class Lines(LogCase):
     def test_a_log_that_was_there_is_continued(self) -> None:
         log = self.make_log()
         self.write(log, 1)
-        log.abandon()
+        log.close_descriptors()
         self.write(self.make_log(), 2)
         self.assertEqual(self.numbers(self.path), [1, 2])
 
@@ -384,14 +384,14 @@ class Failing(LogCase):
         self.write(log, 1)
         with mock.patch("log_file.os.writev", FullDisk(room=0).writev), self.assertLogs("elrar.log"):
             self.write(log, 2, 3)
-            self.assertEqual(log.close("gateway_stopped", "stopped"), 2)
+            self.assertEqual(log.end("gateway_stopped", "stopped"), 2)
         self.assertEqual(log.counters().dropped, 2)
         self.assertEqual(self.numbers(self.path), [1])
 
     def test_what_comes_after_the_end_is_counted_as_dropped(self) -> None:
         log = self.make_log()
         self.write(log, 1)
-        self.assertEqual(log.close("gateway_stopped", "stopped"), 0)
+        self.assertEqual(log.end("gateway_stopped", "stopped"), 0)
         append(log, {}, {})
         self.assertEqual((log.counters().written, log.counters().dropped), (1, 2))
 

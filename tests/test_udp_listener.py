@@ -48,10 +48,10 @@ class ListenerCase(unittest.TestCase):
         sockets = open_udp_sockets(address, 0, receive_buffer)
         self.port = sockets[0].getsockname()[1]
         if hasattr(self, "log"):
-            self.log.abandon()  # as a gateway that has stopped
+            self.log.close_descriptors()  # as a gateway that has stopped
         self.log = StateLog(str(self.log_path), 0, 1)
         self.log.open("gateway_started", "network mode: unicast, test")
-        self.addCleanup(self.log.abandon)
+        self.addCleanup(self.log.close_descriptors)
         listener = UdpListener(
             sockets,
             self.store,
