@@ -86,7 +86,7 @@ class LogTarget(Protocol):
         """Wait until a reader has made room; False after `timeout_s`."""
 
     def take_back(self, size: int) -> bool:
-        """Cut the last `size` bytes off again; False where that cannot be done."""
+        """Cut the last `size` bytes off again; False if that cannot be done."""
 
     def close(self) -> None:
         """Close the descriptor and do nothing else; twice is harmless."""

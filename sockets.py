@@ -58,7 +58,7 @@ def format_peer(name: Any) -> str:
 
 
 def listen_address(network_mode: str, bind_address: str) -> str:
-    """The address that is really listened on: broadcasts arrive only where all interfaces are listened on."""
+    """The address that is really listened on: broadcasts arrive only if it listens on all interfaces."""
     if network_mode == BROADCAST:
         return "::" if ":" in bind_address else "0.0.0.0"
     return bind_address
@@ -137,7 +137,7 @@ def bind_anew(sock: socket.socket, name: Any) -> None:
 def _set_receive_buffer(sock: socket.socket, size: int) -> None:
     if sys.platform == "linux":
         try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)  # beyond net.core.rmem_max, where we may
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)  # beyond net.core.rmem_max, if we may
             return
         except PermissionError:
             pass

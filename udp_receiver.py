@@ -1,4 +1,4 @@
-"""Taking datagrams from a socket, many at a time, with the address of each.
+"""Receives datagrams from a socket, many at a time, with the address of each.
 
 Two ways with the same results. The portable one calls `recvfrom` for each datagram, and gives the interpreter's lock
 away each time: beside a CPU-bound thread it gets it back only every 5 ms, and takes in 20 % of 20,000/s. Where there is
@@ -30,7 +30,7 @@ class Receiver(Protocol):
     """Takes datagrams from one socket; for one thread."""
 
     def receive(self) -> tuple[list[bytes], Sequence[bytes]]:
-        """Up to MAX_BATCH_DATAGRAMS that wait in the socket, without waiting; fewer only where no more wait.
+        """Up to MAX_BATCH_DATAGRAMS that wait in the socket, without waiting; fewer only if no more wait.
 
         What was sent, and for each datagram the sender's socket address as the kernel writes it.
         """
@@ -132,7 +132,7 @@ class BatchReceiver:
         return int(self._recvmmsg(self._fd, self._address, 0, socket.MSG_DONTWAIT, None)) == 0
 
     def receive(self) -> tuple[list[bytes], Sequence[bytes]]:
-        """See Receiver; raises OSError where the socket is no more."""
+        """See Receiver; raises OSError, among others if the socket is no more."""
         while (count := self._recvmmsg(self._fd, self._address, MAX_BATCH_DATAGRAMS, socket.MSG_DONTWAIT, None)) < 0:
             number = ctypes.get_errno()
             if number == errno.EAGAIN:

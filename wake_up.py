@@ -1,6 +1,6 @@
 """Waiting for a while, or until another thread says that it is over.
 
-Not threading.Event: where the C library has no sem_clockwait (glibc before 2.30), its timeouts go by the wall clock,
+Not threading.Event: if the C library has no sem_clockwait (glibc before 2.30), its timeouts go by the wall clock,
 and on a host whose clock is set an hour back every thread of the gateway would be asleep for an hour.
 """
 

@@ -220,7 +220,8 @@ class Paused(FaultCase):
         time.sleep(2.5)
         running.signal(signal.SIGCONT)
 
-    def test_engines_that_go_on_pushing_are_never_called_stale(self) -> None:
+    def test_engines_that_go_on_pushing(self) -> None:
+        """They are never called stale, nor removed."""
         running = self.start(STALE_THRESHOLD=1500, EXPIRE_AFTER=1500)
         with honest_engines(running, 20):
             self.pause(running)
@@ -236,7 +237,7 @@ class Paused(FaultCase):
         self.assert_quiet(running, "held up")
         self.assertFalse([line for line in running.lines if "went stale" in line], running.lines)
 
-    def test_engines_that_were_paused_with_it_have_time_to_push_again(self) -> None:
+    def test_engines_paused_with_it(self) -> None:
         """As on one machine that moved. Their ages are true all the same, and who stays silent is removed later."""
         running = self.start(STALE_THRESHOLD=1500, EXPIRE_AFTER=1500)
         running.send(datagram(engine_id="returns"), datagram(engine_id="silent"))

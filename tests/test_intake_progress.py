@@ -71,7 +71,8 @@ class Marks(unittest.TestCase):
         watermark.advance(5.0, 1000, emptied=False)
         self.assertEqual((watermark.at, told), (0.0, []))
 
-    def test_more_than_the_buffers_hold_moves_it_to_where_counting_began(self) -> None:
+    def test_never_empty_sockets(self) -> None:
+        """More than the buffers hold moves it to the moment at which the counting began."""
         watermark = Watermark(1000, 0.0)
         watermark.advance(5.0, 1, emptied=True)
         marks = []
@@ -123,7 +124,7 @@ class Barrier(unittest.TestCase):
             polled.poll.side_effect = leave
             self.assertTrue(self.is_waited_for())
 
-    def test_a_listener_that_finished_before_it_saw_the_request_is_not_waited_for(self) -> None:
+    def test_listener_that_finished_unseen(self) -> None:
         """It has gone to wait for the next datagram, and nobody sends one."""
         self.arrive()
 
@@ -133,7 +134,8 @@ class Barrier(unittest.TestCase):
         with mock.patch.object(self.listener, "set", finish_unseen):
             self.barrier.wait(DEADLINE_S)
 
-    def test_a_step_that_began_after_the_request_completes_it(self) -> None:
+    def test_step_that_began_after(self) -> None:
+        """A step that began after the request completes it."""
         self.arrive()
         reader = threading.Thread(target=self.barrier.wait, args=(DEADLINE_S,))
         reader.start()
@@ -147,7 +149,8 @@ class Barrier(unittest.TestCase):
         self.assertFalse(reader.is_alive())
         self.assertFalse(self.barrier.is_requested)
 
-    def test_a_step_that_began_before_the_request_does_not_complete_it(self) -> None:
+    def test_step_that_began_before(self) -> None:
+        """A step that began before the request does not complete it."""
         before = self.barrier.ticket()
         self.arrive()
         self.barrier.wait(0.001)

@@ -108,7 +108,8 @@ class Lock(FileCase):
         self.assertFalse(is_locked(aside))
         self.assertFalse(is_locked(self.folder / "states.jsonl.1"))
 
-    def test_a_file_that_somebody_else_has_taken_meanwhile_is_not_written(self) -> None:
+    def test_follow_to_a_file_of_others(self) -> None:
+        """A file that somebody else has locked meanwhile is not written."""
         ours = self.open()
         self.path.rename(self.folder / "aside")
         theirs = self.open()
@@ -117,7 +118,7 @@ class Lock(FileCase):
         theirs.close()
         self.assertTrue(ours.follow(reopen=False))
 
-    def test_a_file_that_is_rotated_away_while_it_is_opened_is_not_taken(self) -> None:
+    def test_rotation_while_another_opens(self) -> None:
         """Whoever waited for the lock of the old file gets it, and must not write to what is `.1` by now."""
         ours = self.open(max_bytes=10)
         ours.write([b"line\n"])

@@ -139,7 +139,8 @@ class Judging(unittest.TestCase):
         self.meter.note_taken(self.clock.now)
         self.assertEqual(self.judged_at(), self.clock.now)
 
-    def test_a_pause_before_the_last_one_has_settled_goes_on_from_it(self) -> None:
+    def test_pause_while_settling(self) -> None:
+        """A pause before the last one has settled goes on from it."""
         with self.assertLogs("elrar.pause"):
             before = self.pause(10)
             self.meter.note_taken(self.clock.now)
@@ -147,7 +148,8 @@ class Judging(unittest.TestCase):
             self.pause(3)
         self.assertEqual(self.judged_at(), before)
 
-    def test_a_pause_after_the_last_one_has_settled_begins_anew(self) -> None:
+    def test_pause_after_settling(self) -> None:
+        """A pause after the last one has settled begins anew."""
         with self.assertLogs("elrar.pause"):
             self.pause(10)
             self.meter.note_taken(self.clock.now)

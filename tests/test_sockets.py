@@ -100,7 +100,8 @@ class Opening(unittest.TestCase):
                 self.assertEqual({udp_refused.exception.errno, tcp_refused.exception.errno}, {errno.EADDRINUSE})
 
     @unittest.skipUnless(ipv6_works(), "no IPv6 on this machine")
-    def test_an_ipv6_loopback_that_somebody_else_has_is_warned_about(self) -> None:
+    def test_ipv6_loopback_of_others(self) -> None:
+        """An IPv6 loopback that somebody else has is warned about."""
         with (
             socket.create_server(("::1", 0), family=socket.AF_INET6) as other,
             self.assertLogs("elrar.sockets", "WARNING") as logged,

@@ -72,7 +72,8 @@ class Lines(LogCase):
         self.assertEqual(json.loads(line), expected)
         self.assertEqual(line, json.dumps(expected))
 
-    def test_the_first_line_says_the_network_mode_and_the_last_has_the_counters(self) -> None:
+    def test_first_and_last_line(self) -> None:
+        """The first line says the network mode, and the last one has the counters."""
         log = self.make_log()
         self.write(log, 1, 2)
         self.assertEqual(log.end("gateway_stopped", "network mode: unicast, stopped", total_received=2), 0)
@@ -113,7 +114,8 @@ class Lines(LogCase):
         self.assertEqual(self.numbers(self.path), list(range(500)))
         self.assertEqual(log.counters().written, 500)
 
-    def test_more_batches_than_one_system_call_takes_are_written_in_order(self) -> None:
+    def test_order_over_system_calls(self) -> None:
+        """More batches than one system call takes are written in order."""
         log = self.make_log()
         count = 2 * MAX_PIECES_PER_WRITE + 1
         with mock.patch("log_file.os.writev", wraps=os.writev) as write:
@@ -162,7 +164,8 @@ class Rotation(LogCase):
         numbered = sorted(self.folder.glob("states.jsonl.*"), key=lambda path: -int(path.suffix[1:]))
         return [*numbered, self.path]
 
-    def test_every_file_stays_below_the_limit_and_every_state_is_kept(self) -> None:
+    def test_bound_on_files(self) -> None:
+        """Every file stays below the limit, and every state is kept."""
         log = self.make_log(max_bytes=2000, backups=100)
         for first in range(0, 200, 50):
             self.write(log, *range(first, first + 50))
@@ -335,7 +338,8 @@ class Failing(LogCase):
         self.assertEqual((counters.written, counters.dropped), (10, 0))
         self.assertGreater(counters.errors, 1)
 
-    def test_a_disk_that_fails_and_works_by_turns_is_not_said_at_every_turn(self) -> None:
+    def test_flapping_disk(self) -> None:
+        """A disk that fails and works by turns is not logged at every turn."""
         log = self.make_log()
         with self.assertLogs("elrar.log") as logged:
             for number in range(45):  # seconds
@@ -345,7 +349,8 @@ class Failing(LogCase):
         self.assertEqual([record.levelname for record in logged.records], ["ERROR", "WARNING"])
         self.assertEqual(self.numbers(self.path), list(range(45)))
 
-    def test_trouble_that_was_not_said_at_first_is_said_when_it_lasts(self) -> None:
+    def test_lasting_trouble(self) -> None:
+        """Trouble that was not logged at first is logged if it lasts."""
         log = self.make_log()
         with self.assertLogs("elrar.log") as logged:
             for room in (0, 1 << 20, *([0] * 70)):
@@ -379,7 +384,8 @@ class Failing(LogCase):
                 self.clock.move(0.1)
         self.assertEqual(write.call_count, 4)
 
-    def test_what_cannot_be_written_at_stop_is_given_up_and_counted(self) -> None:
+    def test_given_up_at_stop(self) -> None:
+        """What cannot be written at stop is given up and counted."""
         log = self.make_log()
         self.write(log, 1)
         with mock.patch("log_file.os.writev", FullDisk(room=0).writev), self.assertLogs("elrar.log"):
@@ -395,7 +401,7 @@ class Failing(LogCase):
         append(log, {}, {})
         self.assertEqual((log.counters().written, log.counters().dropped), (1, 2))
 
-    def test_many_small_pieces_take_no_more_memory_than_the_buffer_has(self) -> None:
+    def test_memory_of_small_pieces(self) -> None:
         """Python's objects are in the account, too: 10,000 states that come one by one."""
         log = self.make_log(buffer_bytes=1 << 20)
         tracemalloc.start()

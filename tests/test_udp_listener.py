@@ -101,7 +101,8 @@ class Datagrams(ListenerCase):
         self.assertEqual(len(logged.records), 1, "more than one line in a minute of the clock")
         self.assertEqual([view.state.engine_id for view in self.store.views()], ["good"])
 
-    def test_how_many_were_not_shown_is_said_though_no_more_come(self) -> None:
+    def test_count_of_unshown(self) -> None:
+        """How many were not shown is said, though no more come."""
         listener = self.listen()
         with self.assertLogs("elrar.listener", "WARNING") as logged:
             self.send(b"junk")
@@ -201,7 +202,8 @@ class Sources(ListenerCase):
         self.assertEqual((counters["rejected_source"], counters["invalid_states"], counters["accepted"]), (2, 0, 0))
         self.assertEqual(self.store.views(), [])
 
-    def test_an_ipv4_sender_on_an_ipv6_socket_is_in_its_ipv4_network(self) -> None:
+    def test_mapped_ipv4_sender(self) -> None:
+        """An IPv4 sender on an IPv6 socket is in its IPv4 network."""
         networks = [ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fe80::/10")]
         allowed = ("10.0.0.1", "10.255.0.1", "fe80::1%eth0")
         refused = ("11.0.0.1", "::1", "2001:db8::1", "::10.0.0.1")
