@@ -30,10 +30,14 @@ MAX_PAUSES = 64  # remembered
 
 
 class PauseMeter:
-    """A monotonic clock in seconds, to be called from any thread; it remembers the last pauses of the process."""
+    """A monotonic clock in seconds, to be called from any thread; it remembers the last pauses of the process.
+
+    Pauses are noticed between `start` and `stop`, while there are loops that ask for the time.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._is_started = False
         self._asked_at = clock()  # without the lock: threads may set it back by the moment that they lag behind
         self._lock = threading.Lock()  # guards all below; readers need none, because values are replaced as a whole
         self._resumed_at = float("-inf")
@@ -53,10 +57,19 @@ class PauseMeter:
     def __call__(self) -> float:
         """The time."""
         now = self._clock()
-        if now - self._asked_at > PAUSED_AFTER_S:
+        if now - self._asked_at > PAUSED_AFTER_S and self._is_started:
             self._note_pause(now)
         self._asked_at = now
         return now
+
+    def start(self) -> None:
+        """The loops begin; what opening everything took was no pause."""
+        self._asked_at = self._clock()
+        self._is_started = True
+
+    def stop(self) -> None:
+        """The loops end, and nobody asks for the time several times a second any more."""
+        self._is_started = False
 
     def _note_pause(self, now: float) -> None:
         with self._lock:

@@ -274,6 +274,7 @@ class StateGateway:
     def start(self) -> None:
         """Start every thread; everything is open by now."""
         self._ready = True  # first, because a thread that dies at once takes it back
+        self._clock.start()
         try:
             for part in self._parts:
                 part.thread.start()
@@ -339,6 +340,7 @@ class StateGateway:
                 return
             self._ready = False
             self._stopping = True
+            self._clock.stop()
             if self._http is not None:
                 self._http.refuse_new()  # the next gateway may have the port at once
             # The answers' 0.8 s are kept for the end; a slow disk has all that the others leave of the rest.

@@ -16,6 +16,7 @@ class Pauses(unittest.TestCase):
     def setUp(self) -> None:
         self.clock = FakeClock()
         self.meter = PauseMeter(self.clock)
+        self.meter.start()
         patched = mock.patch("pause_meter.logger")
         patched.start()
         self.addCleanup(patched.stop)
@@ -78,6 +79,17 @@ class Pauses(unittest.TestCase):
             thread.join()
         self.assertEqual(self.meter.running_s_since(then), 0)
 
+    def test_before_the_start_and_after_the_stop(self) -> None:
+        """Waiting for a locked log at the start is no pause, and neither is a look at the counters long afterwards."""
+        meter = PauseMeter(self.clock)
+        self.clock.move(60)
+        meter.start()
+        meter()
+        meter.stop()
+        self.clock.move(60)
+        meter()
+        self.assertEqual((meter.pauses, meter.held_up_s), (0, 0.0))
+
     def test_memory_is_bounded(self) -> None:
         for _ in range(MAX_PAUSES * 2):
             self.clock.move(60)
@@ -91,6 +103,7 @@ class Judging(unittest.TestCase):
     def setUp(self) -> None:
         self.clock = FakeClock()
         self.meter = PauseMeter(self.clock)
+        self.meter.start()
 
     def pause(self, seconds: float) -> float:
         """A pause that a thread notices afterwards; returns its beginning."""
