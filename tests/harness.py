@@ -198,7 +198,7 @@ class Daemon:
     def __init__(
         self, cwd: Path, settings: Mapping[str, object], command: Sequence[str] = (), stdout: int = subprocess.DEVNULL
     ) -> None:
-        environment = clean_environment(**{"UDP_PORT": 0, **settings})
+        environment = clean_environment(**{"UDP_PORT": 0, "STALE_THRESHOLD": 600_000, **settings})
         self.process = subprocess.Popen(
             command or gateway_command(),
             cwd=cwd,

@@ -37,7 +37,7 @@ from tests.harness import (
 )
 from tests.test_state_query import parse_metrics
 
-LOOPBACK = {"BIND_ADDRESS": "127.0.0.1", "UDP_PORT": 0}
+LOOPBACK = {"BIND_ADDRESS": "127.0.0.1", "UDP_PORT": 0, "STALE_THRESHOLD": 600_000}  # nobody goes stale meanwhile
 
 
 class GatewayCase(unittest.TestCase):
@@ -92,7 +92,7 @@ class Statistics(GatewayCase):
             "network_mode": "unicast",
             "bind_address": "127.0.0.1",
             "udp_port": gateway.udp_port,
-            "stale_threshold_ms": 2000,
+            "stale_threshold_ms": 600_000,
             "version": VERSION,
             "active_engines": 1,
             "total_engines": 1,
