@@ -1,6 +1,7 @@
 #!/bin/sh
 # Starts the gateway in its container. Where that starts as root, its working folder (/data) is given to an ordinary
-# user, if it is not writable for it yet, and root is left for good. Arguments are the gateway's, or another command.
+# user, if it is not writable for it yet, and root is left for good. Arguments are the gateway's, or another command;
+# engine_agent.py and what follows it is the engines' agent.
 set -eu
 
 user=65532 # owns /data in the image, too
@@ -25,6 +26,10 @@ give_folder() {
 starts=$([ $# -gt 0 ] || echo yes) # the daemon, and not --check-config or --health-check
 case ${1--} in
     -*) set -- python3 "$(dirname -- "$0")/gateway.py" "$@" ;;
+    engine_agent.py)
+        shift
+        set -- python3 "$(dirname -- "$0")/engine_agent.py" "$@"
+        ;;
 esac
 
 [ "$(id -u)" = 0 ] || exec "$@"

@@ -492,6 +492,22 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
+def example_environment() -> str:
+    """The text of config_examples/engines/engine-agent.env: every setting at its default.
+
+    `python3 -c 'import engine_agent; print(engine_agent.example_environment(), end="")'` makes it anew.
+    """
+    lines = ["# Every setting of the engines' agent, at its default. Where a variable has # before it, none is set."]
+    for setting in SETTINGS:
+        meaning, accepts = setting.meaning.replace("`", ""), setting.accepts.replace("`", "")
+        lines += ["", f"# {meaning}; accepted: {accepts}"]
+        if setting.default[0] == "(":
+            lines += [f"# default: {setting.default.strip('()')}", f"#{PREFIXES[0]}{setting.name}="]
+        else:
+            lines.append(f"{PREFIXES[0]}{setting.name}={setting.default}")
+    return "\n".join(lines) + "\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said to the operator
 # ---------------------------------------------------------------------------------------------------------------------

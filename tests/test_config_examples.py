@@ -13,10 +13,12 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import engine_agent
 from config import SETTINGS, Config, ConfigError, read_config, unknown_variables
 from tests.harness import TOP, daemon, datagram
 
 EXAMPLES = TOP / "config_examples"
+ENGINES = EXAMPLES / "engines"
 NAMESPACE = "vllm"
 BUILT_IN = ("v1", "apps/v1", "networking.k8s.io/v1", "policy/v1")  # needs nothing to be installed in the cluster
 
@@ -337,7 +339,8 @@ class Running(unittest.TestCase):
 
 
 def engine_deployment() -> Any:
-    (deployment,) = manifests(*sorted((EXAMPLES / "engines").glob("*.yaml")))
+    """The example of engines with an agent of their own."""
+    (deployment,) = manifests(ENGINES / "vllm-deployment.yaml")
     return deployment
 
 
@@ -381,6 +384,102 @@ class Engines(unittest.TestCase):
         self.assertLessEqual(engines["podSelector"]["matchLabels"].items(), engine_pod()["metadata"]["labels"].items())
         for peer in readers["from"]:
             self.assertTrue(peer["podSelector"]["matchLabels"])
+
+
+class StockEngines(unittest.TestCase):
+    """The examples for engines as they come: each says what it does to this gateway, by settings that the agent has."""
+
+    FILES = ("vllm-plugin.yaml", "vllm-sidecar.yaml", "sglang-sidecar.yaml")
+
+    def pods(self) -> list[tuple[str, Any]]:
+        found = []
+        for name in self.FILES:
+            (deployment,) = manifests(ENGINES / name)
+            self.assertEqual(deployment["metadata"]["namespace"], NAMESPACE)
+            labels = deployment["spec"]["template"]["metadata"]["labels"]
+            self.assertLessEqual(deployment["spec"]["selector"]["matchLabels"].items(), labels.items())
+            found.append((name, deployment["spec"]["template"]))
+        return found
+
+    def containers(self) -> list[tuple[str, Any]]:
+        return [(name, one) for name, pod in self.pods() for one in pod["spec"]["containers"]]
+
+    def test_all_are_tried_here(self) -> None:
+        self.assertEqual({path.name for path in ENGINES.glob("*.yaml")}, {*self.FILES, "vllm-deployment.yaml"})
+
+    def test_the_agent_takes_their_settings_and_pushes_to_the_headless_service(self) -> None:
+        for name, container in self.containers():
+            environ = {variable["name"]: variable["value"] for variable in container.get("env", [])}
+            mine = {name for name in environ if name.startswith("ELRAR_")}
+            self.assertLessEqual(mine, {"ELRAR_" + setting.name for setting in engine_agent.SETTINGS})
+            if mine:
+                with self.subTest(name):
+                    (gateway,) = engine_agent.read_settings(environ).gateways
+                    self.assertEqual(gateway.host, service("UDP")["metadata"]["name"])
+                    self.assertEqual(engine_agent.read_settings(environ).gateway_port, config().udp_port)
+
+    def test_each_is_let_through_and_takes_no_injected_variables(self) -> None:
+        for name, pod in self.pods():
+            with self.subTest(name):
+                self.assertEqual(pod["metadata"]["labels"]["elrar-role"], "engine")
+                self.assertIs(pod["spec"]["enableServiceLinks"], False)
+
+    def test_a_sidecar_is_the_gateways_image_and_asks_its_neighbour(self) -> None:
+        for name, pod in self.pods()[1:]:
+            engine, agent = pod["spec"]["containers"]
+            with self.subTest(name):
+                self.assertEqual(agent["image"], gateway_container()["image"])
+                command, *arguments = agent["args"]
+                self.assertEqual(command, "engine_agent.py")
+                given = engine_agent._parser().parse_args(arguments)
+                (port,) = engine["ports"]
+                self.assertEqual(given.ENGINE_URL, f"http://127.0.0.1:{port['containerPort']}")
+                words = engine.get("command", []) + engine.get("args", [])
+                self.assertIn(f"--port={port['containerPort']}", words)
+                self.assertEqual(agent["securityContext"]["capabilities"], {"drop": ["ALL"]})
+
+    def test_the_plugin_is_where_vllm_looks_for_it(self) -> None:
+        (container,) = self.pods()[0][1]["spec"]["containers"]
+        environ = {variable["name"]: variable["value"] for variable in container["env"]}
+        (mount,), (volume,) = container["volumeMounts"], self.pods()[0][1]["spec"]["volumes"]
+        self.assertEqual(environ["PYTHONPATH"], mount["mountPath"])
+        self.assertEqual(mount["name"], volume["name"])
+        paths = {item["key"]: item["path"] for item in volume["configMap"]["items"]}
+        expected = {name: f"{engine_agent.PLUGIN_FOLDER}/{name}" for name in engine_agent.PLUGIN_FILES}
+        self.assertEqual(paths, {"engine_agent.py": "engine_agent.py", **expected})
+
+    def test_the_line_that_makes_the_config_map_names_what_is_there(self) -> None:
+        text = (ENGINES / "vllm-plugin.yaml").read_text(encoding="utf-8")
+        (line,) = re.findall(r"^#  +(kubectl .*)$", text, re.MULTILINE)
+        keys = set()
+        for path in re.findall(r"--from-file=(\S+)", line):
+            found = TOP / path
+            self.assertTrue(found.exists(), path)
+            keys |= {one.name for one in found.iterdir()} if found.is_dir() else {found.name}
+        self.assertEqual(keys, {"engine_agent.py", *engine_agent.PLUGIN_FILES})
+        self.assertLess((TOP / "engine_agent.py").stat().st_size, 900_000)  # a ConfigMap holds 1 MiB
+
+    def test_the_plugins_folder_is_what_the_agent_would_make(self) -> None:
+        folder = ENGINES / engine_agent.PLUGIN_FOLDER
+        self.assertEqual({path.name: path.read_text() for path in folder.iterdir()}, engine_agent.PLUGIN_FILES)
+
+    def test_the_environment_file_is_every_setting_at_its_default(self) -> None:
+        text = (ENGINES / "engine-agent.env").read_text(encoding="utf-8")
+        self.assertEqual(text, engine_agent.example_environment())
+        environ = dict(line.split("=", 1) for line in text.splitlines() if line and not line.startswith("#"))
+        self.assertEqual(engine_agent.read_settings(environ), engine_agent.read_settings({}))
+
+    def test_the_unit_runs_the_agent_with_arguments_that_it_has(self) -> None:
+        unit = (ENGINES / "elrar-engine-agent@.service").read_text(encoding="utf-8")
+        (command,) = re.findall(r"^ExecStart=/usr/bin/python3 \S+/engine_agent\.py (.*)$", unit, re.MULTILINE)
+        given = engine_agent._parser().parse_args(command.replace("%i", "8000").split())
+        self.assertEqual(given.ENGINE_URL, "http://127.0.0.1:8000")
+        self.assertIn("RestartPreventExitStatus=2\n", unit)
+
+    def test_the_compose_file_runs_the_image_as_the_agent(self) -> None:
+        text = (ENGINES / "compose.yml").read_text(encoding="utf-8")
+        self.assertIn(f"image: {gateway_container()['image']}\n", text)
+        self.assertIn('command: [engine_agent.py, "--engine=http://127.0.0.1:8000"]\n', text)
 
 
 if __name__ == "__main__":

@@ -293,6 +293,15 @@ class EntryScriptTest(unittest.TestCase):
         self.assertEqual((ended.returncode, ended.stdout), (7, f"{USER}\ntwo words\n"))
         self.assertEqual(self.owner(self.folder), 0)
 
+    def test_it_runs_the_engines_agent_when_asked_without_root(self) -> None:
+        """Beside an engine, the image is the agent, with its own arguments, and the data folder stays as it is."""
+        before = self.owner(self.folder)
+        done = self.run_script("engine_agent.py", "--simulate", "2", "--seconds", "0.5", "--print")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(len({json.loads(line)["engine_id"] for line in done.stdout.splitlines()}), 2)
+        self.assertEqual(self.owner(self.folder), before)
+        self.assertEqual(self.run_script("engine_agent.py", "--push-interval", "1").returncode, 2)
+
     def test_health_check_of_the_image_asks_the_daemon(self) -> None:
         """The Dockerfile's own command: 0 while the daemon is alive, 1 when it is not."""
         check = image_command("HEALTHCHECK")[1:]
@@ -352,7 +361,7 @@ class ImageTest(unittest.TestCase):
         self.assertRegex(dockerfile(), r"(?m)^COPY \. /app/$")
         modules = imported_modules("gateway")
         self.assertIn("state_store", modules)
-        for name in (*(f"{module}.py" for module in modules), ENTRY):
+        for name in (*(f"{module}.py" for module in modules), "engine_agent.py", ENTRY):
             self.assertTrue(is_let_through(name), name)
 
     def test_nothing_but_what_runs_is_in_the_image(self) -> None:
