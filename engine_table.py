@@ -89,6 +89,7 @@ LATE_S = 0.05  # events that come later than that are looked at twice
 DRIFT = 0.00005  # seconds a second by which two clocks drift apart at most
 SAME_SIGN_S = 0.002  # ages of one event: a state that is also the last sign of life
 REACHABLE_S = 2.0  # a gateway that sent something within this time is a witness against another
+GONE_S = 60.0  # for how long it is known what a gateway removed, as a witness against another
 FAREWELL_S = 0.1  # after a farewell, what another gateway heard counts only if it is newer by this much
 KEEPER_S = 0.1  # between two looks for what grew old
 USUAL_OF = 101  # engines looked at for the usual load
@@ -647,8 +648,9 @@ class _Follower:
         self._resumes = False
         self._stamps = _WrittenAt()
         self._retry_ms: int | None = None
-        self._reopen_at = float("-inf")
-        self._reopen_after_s = 1.0
+        self._doubted_s = 0.0
+        self._ask_again_at = float("-inf")
+        self._ask_again_after_s = 1.0
         self.thread = threading.Thread(target=self._run, name=f"engine-table {gateway.address}", daemon=True)
 
     def stop(self) -> None:
@@ -796,11 +798,24 @@ class _Follower:
             if not gateway.connected:
                 self._is_followed()
             gateway.round_trip_s = self._stamps.round_trip_s
-            if self._stamps.doubt_s > DOUBT_S and arrived_at >= self._reopen_at:
-                self._reopen_at = arrived_at + self._reopen_after_s
-                self._reopen_after_s = min(60.0, 2 * self._reopen_after_s)
+            if self._is_to_be_asked_again(arrived_at):
                 self._resumes = self._resumes and len(gateway.view) > 1000
-                return  # asked again, it may answer faster
+                return
+
+    def _is_to_be_asked_again(self, now: float) -> bool:
+        """Whether it answered so slowly that ages are in doubt, and may answer faster now; less and less often."""
+        doubt_s = self._stamps.doubt_s
+        if doubt_s <= DOUBT_S:
+            self._doubted_s = 0.0
+            return False
+        if doubt_s > self._doubted_s + DOUBT_S:
+            self._ask_again_at, self._ask_again_after_s = now, 1.0  # it was better known before
+        self._doubted_s = doubt_s
+        if now < self._ask_again_at:
+            return False
+        self._ask_again_at = now + self._ask_again_after_s
+        self._ask_again_after_s = min(60.0, 2 * self._ask_again_after_s)
+        return True
 
     def _is_followed(self) -> None:
         self._table._set_connected(self.gateway, True)
@@ -1096,7 +1111,7 @@ class EngineTable:
         self._forked = False
         self._gateways: list[_Gateway] = []
         self._unknown: dict[str, str] = {}
-        self._gone: dict[str, tuple[float, _Gateway]] = {}
+        self._gone: dict[str, tuple[float, Entry]] = {}  # when a gateway removed it, and what it knew then
         self._live = _Pool()
         self._known = _Pool()
         self._callbacks: list[_Subscription] = []
@@ -1448,8 +1463,8 @@ class EngineTable:
                     carried.discard(engine_id)
                 if gone_at is not None:
                     view.pop(engine_id, None)
-                    if gone_at - entry._heard_at <= gateway.stale_s:
-                        self._gone[engine_id] = gone_at, gateway  # a farewell: nobody is removed so soon otherwise
+                    if not alone:
+                        self._gone[engine_id] = gone_at, entry
                     self._merge(engine_id)
                     continue
                 if len(view) >= MAX_ENGINES and engine_id not in view:
@@ -1468,18 +1483,22 @@ class EngineTable:
     def _merge(self, engine_id: str) -> None:
         """Put together what all gateways told of an engine; under the lock."""
         told = [entry for gateway in self._gateways if (entry := gateway.view.get(engine_id)) is not None]
-        gone = self._gone.get(engine_id)
-        if gone is not None:
-            gone_at, by = gone
-            told = [entry for entry in told if entry._gateway is by or entry._heard_at > gone_at + FAREWELL_S]
-            if told:
-                del self._gone[engine_id]  # it has spoken since
+        past = []
+        if engine_id in self._gone:
+            gone_at, last = self._gone[engine_id]
+            if any(entry._gateway is last._gateway for entry in told):
+                del self._gone[engine_id]  # that gateway knows it again
+            else:
+                past.append(last)
+                if gone_at - last._heard_at <= last._gateway.stale_s:
+                    # A farewell, for nobody is removed so soon otherwise: what was said before it does not count.
+                    told = [entry for entry in told if entry._heard_at > gone_at + FAREWELL_S]
         if not told:
             if self._engines.pop(engine_id, None) is not None:
                 self._live.discard(engine_id)
                 self._known.discard(engine_id)
             return
-        best = told[0] if len(told) == 1 else self._freshest(told)
+        best = told[0] if len(told) + len(past) == 1 else self._freshest(told, past)
         self._engines[engine_id] = best
         self._pool(engine_id, best)
 
@@ -1491,10 +1510,11 @@ class EngineTable:
             if entry._load_known and engine_id not in self._known.place:
                 self._known.add(engine_id)
 
-    def _freshest(self, told: list[Entry]) -> Entry:
-        """Of what several gateways told of one engine, what counts."""
+    def _freshest(self, told: list[Entry], past: list[Entry]) -> Entry:
+        """Of what several gateways told of one engine, what counts; `past` is what one knew that has removed it."""
         now = self._clock()
-        bounded = [self._bounded(entry, told, now) for entry in told]
+        witnesses = told + past
+        bounded = [self._bounded(entry, witnesses, now) for entry in told]
         best = max(bounded, key=lambda entry: entry._heard_at)
         if best._load_known or not best._available:
             return best
@@ -1509,10 +1529,10 @@ class EngineTable:
         return Entry(load._fields, load._gateway, best._heard_at, load._shown_at, True, True)
 
     @staticmethod
-    def _bounded(entry: Entry, told: list[Entry], now: float) -> Entry:
+    def _bounded(entry: Entry, witnesses: list[Entry], now: float) -> Entry:
         """An entry, no younger than what another gateway knows of the same state allows, but for a round trip."""
         shown_at = entry._shown_at
-        for other in told:
+        for other in witnesses:
             limit = other._shown_at + entry._gateway.round_trip_s
             if limit < shown_at and (
                 now - other._gateway.arrived_at <= REACHABLE_S
@@ -1579,8 +1599,8 @@ class EngineTable:
             changed.extend(old)
         if self._gone:
             with self._lock:
-                for engine_id, (gone_at, by) in list(self._gone.items()):
-                    if now - gone_at > 3 * by.stale_s:
+                for engine_id, (gone_at, _) in list(self._gone.items()):
+                    if now - gone_at > GONE_S:
                         del self._gone[engine_id]
         if changed:
             self._tell(changed)

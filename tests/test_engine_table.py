@@ -530,6 +530,20 @@ class Freshness(TableCase):
         self.assertIn(f"\r\nLast-Event-ID: {number}\r\n", gateway.heads[1])
         self.assertEqual(self.ids(table.entries()), {"a", "b"})
 
+    def test_a_gateway_that_answered_slowly_is_asked_again(self) -> None:
+        gateway = self.gateway("a")
+
+        def slowly(sock: socket.socket, head: str) -> None:
+            if len(gateway.heads) == 1:
+                self.clock.move(3.0)
+            gateway.watch(sock, head)
+
+        gateway.answer = slowly
+        table = EngineTable(gateway.url, clock=self.clock)
+        self.addCleanup(table.close)
+        wait_until("it to be asked again", lambda: len(gateway.heads) > 1 and table.gateways()[0].round_trip_ms < 1)
+        self.assertEqual(self.heard(table, gateway, "b").age_ms, 0)
+
     def test_a_gateway_that_has_gone_silent_while_engines_were_live_is_asked_again(self) -> None:
         gateway = self.gateway("a")
         gateway.stale_ms = 10
@@ -623,6 +637,19 @@ class SeveralGateways(TableCase):
         self.assertEqual(self.heard(table, b, "x", 0, state_age_ms=1500, **state).age_ms, 0)
         # So is another state.
         self.assertEqual(self.heard(table, b, "x", timestamp_ms=6).state_age_ms, 0)
+
+    def test_an_old_state_does_not_become_young_where_the_witness_has_removed_the_engine(self) -> None:
+        """A gateway that was paused takes what waited in its socket for new."""
+        a, b = self.gateway(), self.gateway()
+        table = self.table(a, b)
+        self.heard(table, a, "x", timestamp_ms=5)
+        self.clock.move(6.1)
+        events = self.events(table, a)
+        a.tell("x", 6100, kind="removed", timestamp_ms=5)
+        self.taken(table, a, events + 1)
+        self.assertNotIn("x", table)
+        self.assertEqual(self.heard(table, b, "x", timestamp_ms=5).status, "stale")
+        self.assertEqual(self.heard(table, b, "x", timestamp_ms=6).status, "live")
 
     def test_a_gateway_that_is_not_there_is_no_witness(self) -> None:
         a, b = self.gateway(), self.gateway()
