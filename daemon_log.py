@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import threading
 import time
 
@@ -30,6 +31,17 @@ class _QueueingHandler(logging.Handler):
             self.dropped += 1
         except Exception:
             self.handleError(record)
+
+
+def _write_to_stderr(line: bytes) -> None:
+    """Write all of it, and wait for as long as that takes; raises OSError."""
+    while line:
+        try:
+            line = line[os.write(2, line) :]
+        except BlockingIOError:  # somebody who has the same pipe has made it non-blocking
+            room = select.poll()
+            room.register(2, select.POLLOUT)
+            room.poll()
 
 
 class DaemonLog:
@@ -62,8 +74,7 @@ class DaemonLog:
                 return
             try:
                 # Not sys.stderr: a thread that is stuck in its buffer's lock makes the interpreter abort at exit.
-                while line:
-                    line = line[os.write(2, line) :]
+                _write_to_stderr(line)
             except OSError:
                 self._handler.dropped += 1
 

@@ -140,8 +140,7 @@ class LogFile:
                     raise
                 time.sleep(LOCK_RETRY_S)
         if self._rotates():
-            with contextlib.suppress(OSError):
-                os.unlink(self._real_path() + _NEW)  # of a rotation that a crash ended
+            self._undo_rotation(self._real_path())  # that a crash ended half-way
             self._remove_surplus()
 
     def follow(self, *, reopen: bool) -> bool:
@@ -262,12 +261,19 @@ class LogFile:
             os.replace(new, path)
         except BaseException:
             os.close(fd)
-            with contextlib.suppress(OSError):
-                os.unlink(new)
+            self._undo_rotation(path)
             raise
         self._replace(fd, is_regular=True)
         self.rotations += 1
         self._remove_surplus()
+
+    def _undo_rotation(self, path: str) -> None:
+        """Remove the next file that never came to be the log, and the second name of the one that still is."""
+        with contextlib.suppress(OSError):
+            os.unlink(path + _NEW)
+        with contextlib.suppress(OSError):
+            if _is_same_file(f"{path}.1", self._fd):
+                os.unlink(f"{path}.1")
 
     def _remove_surplus(self) -> None:
         """Remove the rotated files that are more than LOG_BACKUPS, which was larger once."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import unittest
 from unittest import mock
 
-from daemon_log import MAX_QUEUED_LINES, DaemonLog
+from daemon_log import MAX_QUEUED_LINES, DaemonLog, _write_to_stderr
 from tests.harness import DEADLINE_S, wait_until
+
+real_write = os.write
 
 
 class OwnLog(unittest.TestCase):
@@ -63,6 +66,27 @@ class OwnLog(unittest.TestCase):
         self.assertIn(self.log.dropped, (10, 11))  # the writer may have one in its hand
         self.may_write.set()
         wait_until("the rest to be written", lambda: self.written.count(b"\n") >= MAX_QUEUED_LINES)
+
+    def test_pipe_that_others_made_non_blocking(self) -> None:
+        """A line waits for room, and is neither lost nor torn."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        os.set_blocking(writer, False)
+        line = b"x" * 200_000 + b"\n"
+        written = bytearray()
+
+        def write(_fd: int, data: bytes) -> int:
+            return real_write(writer, data)
+
+        def wait(_timeout: object = None) -> list[object]:
+            written.extend(os.read(reader, 1 << 20))
+            return []
+
+        with mock.patch("daemon_log.os.write", write), mock.patch("daemon_log.select.poll") as poll:
+            poll.return_value.poll = wait
+            _write_to_stderr(line)
+        self.assertEqual(bytes(written) + os.read(reader, 1 << 20), line)
 
     def test_closed_stderr_is_counted(self) -> None:
         with mock.patch("daemon_log.os.write", side_effect=OSError):

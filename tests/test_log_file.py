@@ -301,9 +301,32 @@ class Rotation(FileCase):
             self.assertLogs("elrar.log", "ERROR"),
         ):
             self.assertFalse(file.rotate())
-        self.assertNotIn("states.jsonl.new", self.names())
+        self.assertEqual(self.names(), ["states.jsonl"])
         file.write([b"more\n"])
         self.assertEqual(self.path.read_bytes(), b"line\nmore\n")
+
+    def test_killed_in_the_middle_of_it(self) -> None:
+        """The file has both names then: the next start goes on with it, and nothing is there twice."""
+        file = self.open(max_bytes=10, backups=2)
+        file.write([b"1\n"])
+        file.rotate()
+        file.write([b"2\n"])
+        with (
+            mock.patch("log_file.os.replace", side_effect=KeyboardInterrupt),
+            mock.patch.object(file, "_undo_rotation"),  # for the dead undo nothing
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            (self.folder / "states.jsonl.1").rename(self.folder / "states.jsonl.2")
+            file.rotate()
+        file.close()
+        self.assertEqual(self.names(), ["states.jsonl", *(f"states.jsonl.{end}" for end in ("1", "2", "new"))])
+        again = self.open(max_bytes=10, backups=2)
+        self.assertEqual(self.names(), ["states.jsonl", "states.jsonl.2"])
+        again.write([b"3\n"])
+        again.rotate()
+        self.assertEqual(
+            [(self.folder / name).read_bytes() for name in self.names()], [b"", b"2\n3\n", b"1\n"], self.names()
+        )
 
 
 class StandardStreams(unittest.TestCase):

@@ -228,7 +228,7 @@ class InANamespace(unittest.TestCase):
             running = self.start(UDP_PORT=port)
             url = f"http://127.0.0.1:{running.http_port}"
             self.host.get(url + "/stats")
-            for number in range(3):
+            for number in range(2):
                 with self.subTest(port=port, number=number):
                     self.destroy("-t", "-u")
                     if number == 0 and not self.was_destroyed(running):  # it is said once a minute
