@@ -8,6 +8,7 @@ away each time: beside a CPU-bound thread it gets it back only every 5 ms, and t
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import sys
@@ -138,7 +139,7 @@ class BatchReceiver:
             if number == errno.EAGAIN:
                 return [], ()
             if number != errno.EINTR:
-                raise OSError(number, "recvmmsg")
+                raise OSError(number, os.strerror(number))
         # A slice of an array of c_char is bytes, in half the time that a memoryview's takes; unpacking all addresses at
         # once takes a fifth of slicing each.
         data = cast(Any, self._data)

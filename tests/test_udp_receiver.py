@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
 import struct
 import sys
@@ -51,6 +53,16 @@ class Receivers(unittest.TestCase):
         for other in others:
             stack.enter_context(other)
         return sock
+
+    def test_errors_are_the_systems(self) -> None:
+        for make in (make_receiver, PortableReceiver):
+            with contextlib.ExitStack() as stack:
+                sock = self.ipv4_alone(stack)
+                receiver = make(sock)
+                sock.close()
+                with self.assertRaises(OSError) as raised:
+                    receiver.receive()
+                self.assertEqual(raised.exception.strerror, os.strerror(errno.EBADF))
 
     def test_a_link_local_sender_keeps_its_scope(self) -> None:
         packed = struct.pack("=H", socket.AF_INET6) + struct.pack("!HI16s", 5000, 0, b"\xfe\x80" + bytes(13) + b"\x01")
