@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,6 +248,39 @@ class Commands(unittest.TestCase):
             agent.stdout.readline()
             agent.stdout.close()
             self.assertEqual(agent.wait(30), 0)
+
+
+class Documents(unittest.TestCase):
+    """The pages on engines have every setting, and say the same in both languages."""
+
+    PAGES = (TOP / "docs" / "engines.md", TOP / "docs" / "engines.zh-CN.md")
+
+    def rows(self, page: Path) -> list[str]:
+        return [one for one in page.read_text(encoding="utf-8").splitlines() if one.startswith("|")]
+
+    def test_every_setting_has_its_row(self) -> None:
+        for page in self.PAGES:
+            listed = re.findall(r"(?m)^\| `([A-Z_]+)` \| `(--[a-z-]+)` \|", page.read_text(encoding="utf-8"))
+            self.assertEqual(listed, [(setting.name, setting.option) for setting in engine_agent.SETTINGS])
+        for setting in engine_agent.SETTINGS:
+            (row,) = (one for one in self.rows(self.PAGES[0]) if one.startswith(f"| `{setting.name}` "))
+            self.assertIn(setting.default.strip("()"), row)
+
+    def test_both_languages_have_the_same_tables(self) -> None:
+        english, chinese = map(self.rows, self.PAGES)
+        self.assertEqual(len(english), len(chinese))
+        for row, its_twin in zip(english, chinese, strict=True):
+            with self.subTest(row):
+                self.assertEqual(row.count("|"), its_twin.count("|"))
+                self.assertEqual(sorted(re.findall("`[^`]*`", row)), sorted(re.findall("`[^`]*`", its_twin)))
+
+    def test_every_kind_of_engine_and_every_phase_is_there(self) -> None:
+        for page in self.PAGES:
+            text = page.read_text(encoding="utf-8")
+            for kind in engine_agent.ADAPTERS:
+                self.assertIn(f"| {kind.kind} |", text.lower())
+            for phase in engine_agent.PHASES:
+                self.assertIn(f"`{phase}`", text + "`draining`")
 
 
 if __name__ == "__main__":

@@ -40,12 +40,21 @@ from tests.harness import (
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 TOOLS = ("nc", "curl", "ss", "grep", "tail")
+ENGINE_AGENT = (  # in tests/test_engine_agent_command.py and .ci/engines
+    "--simulate 20",
+    "--replay engine_states.jsonl --speed 10",
+    "--install-plugin /opt/elrar",
+    "--check --engine http://127.0.0.1:8000",
+    "--engine http://127.0.0.1:8000 --gateway localhost:9999",
+)
 RUN_ELSEWHERE = {  # by other tests, or by .ci/container and .ci/kubernetes
     "python3 gateway.py",
     "python3 -m unittest",
     "./start_gateway_unicast.sh",
     "pkill -f gateway.py",
     "python3 benchmarks/bench.py",
+    *(f"python3 engine_agent.py {arguments}" for arguments in ENGINE_AGENT),
+    "PYTHONPATH=/opt/elrar ELRAR_GATEWAY_HOST=localhost vllm serve MODEL",
     "python3 engine_table.py http://localhost:9999",
     "sed 's/namespace: vllm$/namespace: vllm-b/' config_examples/*.yaml | kubectl apply -f -",
 }
