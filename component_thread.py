@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +18,8 @@ from pause_meter import PauseMeter
 from sockets import SocketLost
 
 MEMORY_RESERVE_BYTES = 16 * 1024 * 1024
+
+STOP_S = 4.6  # that all threads have for their end together, of the 5 s that a supervisor is promised
 
 logger = logging.getLogger("elrar.gateway")
 
@@ -37,6 +41,9 @@ class MemoryReserve:
         """Give it back; from any thread, twice is harmless."""
         if self._held is not None:
             self._held.close()
+
+
+memory_reserve = MemoryReserve()  # one for the process: that is who has too little
 
 
 class Component(Protocol):
@@ -67,23 +74,28 @@ class ComponentThread:
         name: str,
         component: Component,
         on_end: Callable[[str, bool], None],
+        *,
         stuck_after_s: float,
-        memory_reserve: MemoryReserve,
+        stop_timeout_s: float | None,
     ) -> None:
+        """`on_end` is called in the thread with the name, and whether it failed.
+
+        `stop_timeout_s`: how long its end is waited for; None: for as long as the others leave.
+        """
         self.name = name
         self.component = component
+        self.stop_timeout_s = stop_timeout_s
         self._on_end = on_end
         self._stuck_after_s = stuck_after_s
-        self._memory_reserve = memory_reserve
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def _run(self) -> None:
-        failed = False
+        failed = True
         try:
             self.component.run()
+            failed = False
         except MemoryError:
-            failed = True
-            self._memory_reserve.release()
+            memory_reserve.release()
             logger.critical(
                 "no more memory, so the gateway ends: raise the limit on it (`ulimit -v`, MemoryMax= of systemd, that"
                 " of a container), or lower %sMAX_ENGINES and %sHISTORY thread=%s",
@@ -92,10 +104,8 @@ class ComponentThread:
                 self.name,
             )
         except SocketLost as error:
-            failed = True
             logger.critical("%s thread=%s", error, self.name)
         except BaseException:
-            failed = True
             logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
         self._on_end(self.name, failed)
 
@@ -110,3 +120,84 @@ class ComponentThread:
             self.thread.join(timeout_s)
             return not self.thread.is_alive()
         return True
+
+
+class ThreadGroup:
+    """The threads of one gateway: started together, ended together if one dies, and stopped one after the other."""
+
+    def __init__(self, on_death: Callable[[str], None]) -> None:
+        """`on_death` is called with the name of a thread that ended without being told to."""
+        self._on_death = on_death
+        self._pid = os.getpid()
+        self._is_started = False
+        self._is_stopped = False
+        self._stop_lock = threading.Lock()  # held for the whole of a stop, so that a second one waits for it
+        self.threads: list[ComponentThread] = []
+        self.is_stopping = False
+        self.died_of: str | None = None  # the name of the thread that died first
+
+    @property
+    def is_running(self) -> bool:
+        """Whether all are started, none has died, and none is stopping."""
+        return self._is_started and not self.is_stopping and self.died_of is None
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child: the threads, and the files' contents, are its parent's."""
+        return os.getpid() != self._pid
+
+    def add(
+        self, name: str, component: Component, *, stuck_after_s: float, stop_timeout_s: float | None = None
+    ) -> None:
+        """Add a component, in the order in which they are stopped: that in which the data flows."""
+        thread = ComponentThread(
+            name, component, self._ended, stuck_after_s=stuck_after_s, stop_timeout_s=stop_timeout_s
+        )
+        self.threads.append(thread)
+
+    def start(self) -> None:
+        """Start them all; raises what Thread.start does, RuntimeError or MemoryError, with some of them running."""
+        self._is_started = True  # first: a thread may die at once
+        for thread in self.threads:
+            thread.thread.start()
+
+    def _ended(self, name: str, failed: bool) -> None:
+        if failed or not self.is_stopping:
+            self.died_of = self.died_of or name
+        if not self.is_stopping:
+            self._on_death(name)
+
+    def stop(self, begin: Callable[[], None], end: Callable[[Component, bool], None]) -> None:
+        """Stop them one after the other, within STOP_S; from any thread, twice is harmless, and a child stops nothing.
+
+        `begin` is called before the first; `end` after each, with the component and whether its thread has ended.
+        """
+        if self.is_inherited:
+            return
+        with self._stop_lock:
+            if self._is_stopped or not self.threads:
+                return
+            self.is_stopping = True
+            begin()
+            reserved_s = sum(thread.stop_timeout_s or 0 for thread in self.threads[self._patient_one() + 1 :])
+            patient_until = time.monotonic() + STOP_S - reserved_s
+            for thread in self.threads:
+                timeout_s = thread.stop_timeout_s
+                ended = thread.stop(max(0.1, patient_until - time.monotonic()) if timeout_s is None else timeout_s)
+                if not ended:
+                    logger.error("gave up waiting for a thread thread=%s", thread.name)
+                end(thread.component, ended)
+            self._is_stopped = True
+
+    def _patient_one(self) -> int:
+        """The number of the thread that may take as long as the others leave."""
+        return next((n for n, thread in enumerate(self.threads) if thread.stop_timeout_s is None), len(self.threads))
+
+    def progress(self, clock: PauseMeter) -> dict[str, bool]:
+        """For each thread, by name, whether it is alive and making progress."""
+        return {thread.name: thread.is_making_progress(clock) for thread in self.threads}
+
+    def close_descriptors(self) -> None:
+        """Close the descriptors that a forked child has of its parent's components; takes no lock, writes nothing."""
+        for thread in self.threads:
+            thread.component.close_descriptors()

@@ -16,10 +16,30 @@ from dataclasses import dataclass
 PREFIX = "VLLM_STATE_GATEWAY_"
 LOG_LEVEL_VARIABLE = "VLLM_LOGGING_LEVEL"
 
-UNICAST = "unicast"
-BROADCAST = "broadcast"
-
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A network mode. To add one, add a row to MODES."""
+
+    name: str
+    listens_on: str
+    on_all_interfaces: bool  # whatever BIND_ADDRESS says
+
+    @property
+    def counter(self) -> str:
+        """The name in /stats of how many datagrams came in that mode."""
+        return f"{self.name}_received"
+
+
+MODES: dict[str, Mode] = {
+    mode.name: mode
+    for mode in (
+        Mode("unicast", "`BIND_ADDRESS`", on_all_interfaces=False),
+        Mode("broadcast", "all interfaces, always", on_all_interfaces=True),
+    )
+}
 
 _TRUE = ("true", "1", "yes", "on")
 _FALSE = ("false", "0", "no", "off")
@@ -177,7 +197,7 @@ SETTINGS: tuple[Setting, ...] = (
             f"a whole number of milliseconds from 1 to {_DAY_MS}",
             "ms of silence after which an engine is stale", _whole_number(1, _DAY_MS)),
     Setting("NETWORK_MODE", "network_mode", "unicast",
-            "unicast or broadcast", "`unicast`, or `broadcast` for older set-ups", _one_of(UNICAST, BROADCAST)),
+            " or ".join(MODES), "`unicast`, or `broadcast` for older set-ups", _one_of(*MODES)),
     Setting("BIND_ADDRESS", "bind_address", "0.0.0.0",
             "an IPv4 or IPv6 address of this host, 0.0.0.0 (all of IPv4) or :: (all of both)",
             "address to listen on, IPv4 or IPv6 (`::` takes both); broadcast mode always listens on all interfaces",
@@ -294,8 +314,8 @@ def effective_settings(config: Config, environ: Mapping[str, str]) -> str:
     lines = []
     for setting in SETTINGS:
         origin = "environment" if setting.variable in environ else "default"
-        if setting.field == "bind_address" and config.network_mode == BROADCAST:
-            origin += ", not used in broadcast mode, which listens on all interfaces"
+        if setting.field == "bind_address" and MODES[config.network_mode].on_all_interfaces:
+            origin += f", not used in {config.network_mode} mode, which listens on all interfaces"
         lines.append(f"{setting.variable}={_written(getattr(config, setting.field), setting)}  # {origin}")
     return "\n".join(lines)
 

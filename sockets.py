@@ -15,7 +15,7 @@ import struct
 import sys
 from typing import Any
 
-from config import BROADCAST
+from config import MODES
 
 try:
     import fcntl
@@ -59,7 +59,7 @@ def format_peer(name: Any) -> str:
 
 def listen_address(network_mode: str, bind_address: str) -> str:
     """The address that is really listened on: broadcasts arrive only if it listens on all interfaces."""
-    if network_mode == BROADCAST:
+    if MODES[network_mode].on_all_interfaces:
         return "::" if ":" in bind_address else "0.0.0.0"
     return bind_address
 

@@ -6,7 +6,6 @@ This is the one place that opens sockets and files, creates threads, and stops t
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import secrets
@@ -16,8 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from component_thread import ComponentThread, MemoryReserve
-from config import BROADCAST, PREFIX, UNICAST, Config, ConfigError
+from bound_ports import BoundPorts
+from component_thread import Component, ThreadGroup, memory_reserve
+from config import MODES, Config, ConfigError
 from engine_state import EngineState
 from gateway_counters import FINAL_COUNTERS, section
 from late_query_server import LateQueryServer
@@ -25,15 +25,7 @@ from log_file import standard_stream
 from pause_meter import PauseMeter
 from query_server import QueryServer, counters_document
 from reader_access import ReaderAccess, load_tokens
-from sockets import (
-    format_address,
-    granted_receive_buffer,
-    is_ipv6_only,
-    listen_address,
-    open_tcp_sockets,
-    open_udp_sockets,
-)
-from start_errors import StartError, cannot_have, cannot_listen, cannot_log
+from start_errors import StartError, cannot_have, cannot_log
 from state_entry import entry
 from state_log import LOCK_TIMEOUT_S, LogCounters, StateLog
 from state_query import Query
@@ -46,8 +38,6 @@ VERSION = "1.0.0"
 STUCK_AFTER_S = 10.0
 LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
 CATCH_UP_S = 0.005  # that an answer waits, at most, for what had arrived before it was asked for
-BIND_PATIENCE_S = 0.5
-MAX_PORT_TRIES = 20  # to find a number that is free for UDP and TCP alike
 
 logger = logging.getLogger("elrar.gateway")
 
@@ -75,20 +65,13 @@ class StateGateway:
         """
         self.config = config
         self._embedded = embedded
-        self._on_death = on_death
         self._own_log_dropped = own_log_dropped
         self._clock = clock = PauseMeter(clock)
         self._wall_clock = wall_clock
         self._instance = secrets.token_hex(8)
         self._started_at = clock()
-        self._pid = os.getpid()
-        self._ready = False
-        self._stopping = False
-        self._died_of: str | None = None
-        self._shutdown_lock = threading.Lock()  # held for the whole of a shutdown, so that a second one waits for it
-        self._is_shut_down = False
-        self._parts: list[ComponentThread] = []
-        self._memory_reserve = MemoryReserve()
+        self._threads = ThreadGroup(on_death or self._shut_down_after_death)
+        self._ports = BoundPorts(config, embedded=embedded)
         self._store = StateStore(
             config.stale_threshold_ms,
             config.expire_after_ms,
@@ -99,23 +82,13 @@ class StateGateway:
         )
         self._watch = Watch(self._store, instance=self._instance, clock=clock, wall_clock=wall_clock)
         self._access = ReaderAccess(load_tokens(config.http_tokens_file), config.allowed_origins, clock=clock)
-        self._sockets: list[socket.socket] = []
-        self._http_sockets: list[socket.socket] = []
         self._log: StateLog | None = None
         self._http: QueryServer | LateQueryServer | None = None
-        self.udp_port = config.udp_port  # the numbers that are really bound, once it is open
-        self.http_port = config.http_port
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Bind the ports and open the state log; raises StartError, with everything closed again, where it cannot."""
-        config = self.config
-        self.address = listen_address(config.network_mode, config.bind_address)
-        if self.address != config.bind_address:
-            logger.warning(
-                "broadcast mode listens on all interfaces, %sBIND_ADDRESS=%s is not used", PREFIX, config.bind_address
-            )
+        """Bind the ports and open the state log; raises StartError, with everything closed again, if it cannot."""
         try:
             with contextlib.ExitStack() as opened:
                 self._open(opened)
@@ -124,24 +97,14 @@ class StateGateway:
             raise StartError(cannot_have(error)) from error
 
     def _open(self, opened: contextlib.ExitStack) -> None:
-        config = self.config
-        self._bind_ports_patiently()
-        for sock in (*self._sockets, *self._http_sockets):
-            opened.callback(sock.close)
-        if self.address == "0.0.0.0" and is_ipv6_only():
-            logger.warning(
-                "this host has no IPv4 address besides the loopback's, so that no other host reaches 0.0.0.0: set"
-                " %sBIND_ADDRESS=::, which takes IPv6 as well",
-                PREFIX,
-            )
-        self._report_receive_buffer()
-        self._log_path = config.log_file
+        config, ports = self.config, self._ports
+        opened.callback(ports.close)
+        ports.bind()
         if config.enable_log:
-            self._log_path = self._absolute_log_path()
             self._log = self._open_log()
             opened.callback(self._log.close_descriptors)
         self._listener = UdpListener(
-            self._sockets,
+            ports.udp_sockets,
             self._store,
             self._log,
             allowed_sources=config.allowed_sources,
@@ -152,23 +115,18 @@ class StateGateway:
         )
         opened.callback(self._listener.close_descriptors)
         reaper = Reaper(self._store, config.expire_after_ms, clock=self._clock)
-        parts = [
-            self._thread("udp-listener", self._listener, STUCK_AFTER_S),
-            self._thread("reaper", reaper, STUCK_AFTER_S),
-        ]
+        add = self._threads.add  # in the order in which they are stopped
+        add("udp-listener", self._listener, stuck_after_s=STUCK_AFTER_S, stop_timeout_s=1.5)
+        add("reaper", reaper, stuck_after_s=STUCK_AFTER_S, stop_timeout_s=0.3)
         if self._log is not None:
-            parts.append(self._thread("state-log", self._log, LOG_STUCK_AFTER_S))
+            add("state-log", self._log, stuck_after_s=LOG_STUCK_AFTER_S)
         if config.http_port is not None:
             self._http = (
-                self._make_query_server(self._http_sockets)
-                if self._http_sockets
-                else LateQueryServer(self._bind_http, self._make_query_server, clock=self._clock)
+                self._make_query_server(ports.http_sockets)
+                if ports.http_sockets
+                else LateQueryServer(ports.bind_http, self._make_query_server, clock=self._clock)
             )
-            parts.append(self._thread("query-server", self._http, STUCK_AFTER_S))
-        self._parts = parts
-
-    def _thread(self, name: str, component: Any, stuck_after_s: float) -> ComponentThread:
-        return ComponentThread(name, component, self._thread_ended, stuck_after_s, self._memory_reserve)
+            add("query-server", self._http, stuck_after_s=STUCK_AFTER_S, stop_timeout_s=0.8)
 
     def _make_query_server(self, http_sockets: list[socket.socket]) -> QueryServer:
         return QueryServer(
@@ -179,71 +137,10 @@ class StateGateway:
             wall_clock=self._wall_clock,
         )
 
-    def _bind_ports_patiently(self) -> None:
-        """Bind the ports; the daemon gives one that is just stopping half a second to let go of them."""
-        deadline = time.monotonic() + (0 if self._embedded else BIND_PATIENCE_S)
-        while True:
-            try:
-                self._bind_ports()
-                return
-            except StartError as error:
-                in_use = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
-                if not in_use or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-
-    def _bind_ports(self) -> None:
-        """Bind the UDP sockets, and those for HTTP if it is wanted and need not be bound later."""
-        config = self.config
-        any_number_for_both = config.udp_port == 0 and config.http_follows_udp
-        for remaining in range(MAX_PORT_TRIES if any_number_for_both else 1, 0, -1):
-            try:
-                self._sockets = open_udp_sockets(self.address, config.udp_port, config.receive_buffer)
-            except OSError as error:
-                raise StartError(cannot_listen("UDP", self.address, config.udp_port, error)) from error
-            self.udp_port = self._sockets[0].getsockname()[1]
-            if config.http_port is None:
-                return
-            if config.http_follows_udp:
-                self.http_port = self.udp_port
-            try:
-                self._http_sockets = self._bind_http()
-                return
-            except OSError as error:
-                assert self.http_port is not None
-                text = cannot_listen("TCP", self.address, self.http_port, error)
-                if self._embedded and remaining == 1:
-                    logger.error("%s. States are received meanwhile, and it is tried again every second", text)
-                    return
-                for sock in self._sockets:
-                    sock.close()
-                if error.errno != errno.EADDRINUSE or remaining == 1:
-                    raise StartError(text) from error
-        raise AssertionError  # the last try returns or raises
-
-    def _bind_http(self) -> list[socket.socket]:
-        assert self.http_port is not None
-        http_sockets = open_tcp_sockets(self.address, self.http_port)
-        self.http_port = http_sockets[0].getsockname()[1]
-        return http_sockets
-
-    def _report_receive_buffer(self) -> None:
-        granted = granted_receive_buffer(self._sockets[0])
-        if granted < self.config.receive_buffer:
-            logger.warning(
-                "the kernel granted a smaller receive buffer asked=%d granted=%d, so that bursts may be lost: raise it"
-                " with `sysctl -w net.core.rmem_max=%d`, or set %sRECEIVE_BUFFER to what is granted",
-                self.config.receive_buffer,
-                granted,
-                self.config.receive_buffer,
-                PREFIX,
-            )
-        self._receive_buffer_bytes = granted
-
     def _open_log(self) -> StateLog:
         config = self.config
         log = StateLog(
-            self._log_path,
+            self._absolute_log_path(),
             config.log_max_bytes,
             config.log_backups,
             clock=self._clock,
@@ -252,14 +149,13 @@ class StateGateway:
         try:
             # A router's thread is not held up for a log that another process has locked.
             lock_timeout_s = 0 if self._embedded else LOCK_TIMEOUT_S
-            log.open("gateway_started", self.describe(), lock_timeout_s=lock_timeout_s, **self._identity())
+            log.open("gateway_started", self._describe(log.path), lock_timeout_s=lock_timeout_s, **self._identity())
         except OSError as error:
             text = cannot_log(log.path, error)
             if not self._embedded:
                 raise StartError(text) from error
             logger.error("%s. States are received meanwhile, and it is tried again every second", text)
-            log.open_later("gateway_started", self.describe(), **self._identity())
-        self._log_path = log.path
+            log.open_later("gateway_started", self._describe(log.path), **self._identity())
         return log
 
     def _absolute_log_path(self) -> str:
@@ -273,25 +169,20 @@ class StateGateway:
 
     def start(self) -> None:
         """Start every thread; everything is open by now."""
-        self._ready = True  # first, because a thread that dies at once takes it back
         self._clock.start()
         try:
-            for part in self._parts:
-                part.thread.start()
-        except BaseException as error:
-            self._memory_reserve.release()
+            self._threads.start()
+        except (RuntimeError, MemoryError) as error:
+            memory_reserve.release()
             self.shutdown()
-            if isinstance(error, (RuntimeError, MemoryError)):  # which is what Thread.start raises
-                raise StartError(cannot_have(error)) from error
-            raise
+            raise StartError(cannot_have(error)) from error
 
     def describe(self) -> str:
-        """The network mode, and what was really bound."""
-        udp = [format_address(*sock.getsockname()[:2]) for sock in self._sockets]
-        http_at = [f"http://{format_address(*sock.getsockname()[:2])}" for sock in self._http_sockets] or ["off"]
-        bound = f"UDP {' and '.join(udp)}, HTTP {' and '.join(http_at)}"
-        log = self._log_path if self.config.enable_log else "off"
-        return f"network mode: {self.config.network_mode}, {bound}, state log {log}"
+        """The network mode, what was really bound, and where the state log is."""
+        return self._describe(self.log_path if self.config.enable_log else "off")
+
+    def _describe(self, log: str) -> str:
+        return f"network mode: {self.config.network_mode}, {self._ports.describe()}, state log {log}"
 
     def reopen_log(self) -> None:
         """Open the state log anew, as after SIGHUP."""
@@ -305,56 +196,48 @@ class StateGateway:
         except ConfigError as error:
             logger.error("the readers' tokens stay as they were: %s", error)
 
-    def _thread_ended(self, name: str, failed: bool) -> None:
-        if failed or not self._stopping:
-            self._died_of = name
-        if self._stopping:
-            return
-        self._ready = False
-        if self._on_death is not None:
-            self._on_death(name)
-        else:
-            threading.Thread(target=self.shutdown, name="gateway-shutdown", daemon=True).start()
+    def _shut_down_after_death(self, name: str) -> None:
+        threading.Thread(target=self.shutdown, name="gateway-shutdown", daemon=True).start()
+
+    @property
+    def udp_port(self) -> int:
+        """The number that is really bound, once it is open."""
+        return self._ports.udp_port
+
+    @property
+    def http_port(self) -> int | None:
+        """The same of HTTP; None if there is none."""
+        return self._ports.http_port
 
     @property
     def died_of(self) -> str | None:
         """The name of the thread that died, if one has."""
-        return self._died_of
+        return self._threads.died_of
 
     @property
     def has_ended(self) -> bool:
         """Whether it was shut down, or one of its threads died."""
-        return self._stopping or self._died_of is not None
+        return self._threads.is_stopping or self.died_of is not None
 
     @property
     def log_path(self) -> str:
         """Where the state log is, or would be."""
-        return self._log_path
+        return self.config.log_file if self._log is None else self._log.path
 
     def shutdown(self) -> None:
         """Stop: intake first, then the log once it has everything, then the answers. Within 5 s; twice is harmless."""
-        if os.getpid() != self._pid:
-            return  # a forked child: the threads, and the files' contents, are its parent's
-        with self._shutdown_lock:
-            if self._is_shut_down or not self._parts:
-                return
-            self._ready = False
-            self._stopping = True
-            self._clock.stop()
-            if self._http is not None:
-                self._http.refuse_new()  # the next gateway may have the port at once
-            # The answers' 0.8 s are kept for the end; a slow disk has all that the others leave of the rest.
-            log_deadline = time.monotonic() + 3.8
-            for part in self._parts:
-                timeout_s = {"udp-listener": 1.5, "reaper": 0.3, "query-server": 0.8}.get(part.name)
-                ended = part.stop(max(0.1, log_deadline - time.monotonic()) if timeout_s is None else timeout_s)
-                if not ended:
-                    logger.error("gave up waiting for a thread thread=%s", part.name)
-                if part.component is self._log:
-                    self._end_log(self._log, ended)
-                elif ended:
-                    part.component.close()
-            self._is_shut_down = True
+        self._threads.stop(self._begin_shutdown, self._end)
+
+    def _begin_shutdown(self) -> None:
+        self._clock.stop()
+        if self._http is not None:
+            self._http.refuse_new()  # the next gateway may have the port at once
+
+    def _end(self, component: Component, ended: bool) -> None:
+        if component is self._log:
+            self._end_log(self._log, ended)
+        elif ended:
+            component.close()
 
     def _end_log(self, log: StateLog, ended: bool) -> None:
         if ended:
@@ -368,8 +251,7 @@ class StateGateway:
 
     def close_descriptors(self) -> None:
         """Close the descriptors that a forked child has of its parent's gateway; takes no lock, writes nothing."""
-        for part in self._parts:
-            part.component.close_descriptors()
+        self._threads.close_descriptors()
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -409,11 +291,11 @@ class StateGateway:
 
     def _refuse_if_gone(self) -> None:
         """Raise where no new state can come any more: an old table must not pass for the present one."""
-        if os.getpid() != self._pid:
+        if self._threads.is_inherited:
             raise RuntimeError("this is the state gateway of the parent process; read it over HTTP, at /engines")
-        if self._died_of is not None:
-            raise RuntimeError(f"the state gateway has stopped: its thread {self._died_of} died, see the log")
-        if self._stopping:
+        if self.died_of is not None:
+            raise RuntimeError(f"the state gateway has stopped: its thread {self.died_of} died, see the log")
+        if self._threads.is_stopping:
             raise RuntimeError("the state gateway was shut down")
 
     def get_stats(self) -> dict[str, Any]:
@@ -428,13 +310,13 @@ class StateGateway:
             "uptime_s": round(self._clock() - self._started_at, 3),
             "active_engines": live,
             "total_engines": total,
-            **{f"{each}_received": counters["total_received"] if each == mode else 0 for each in (UNICAST, BROADCAST)},
+            **{each.counter: counters["total_received"] if each.name == mode else 0 for each in MODES.values()},
             **counters,
-            "receive_buffer_bytes": self._receive_buffer_bytes,
+            "receive_buffer_bytes": self._ports.receive_buffer_bytes,
             "kernel_dropped": self._listener.kernel_dropped(),
             "log": {
                 "enabled": self.config.enable_log,
-                "file": self._log_path,
+                "file": self.log_path,
                 **section("log", log),
             },
             "http": counters_document() if self._http is None else self._http.counters(),
@@ -448,13 +330,13 @@ class StateGateway:
             "version": VERSION,
             "instance": self._instance,
             "network_mode": self.config.network_mode,
-            "bind_address": self.address,
+            "bind_address": self._ports.address,
             "udp_port": self.udp_port,
             "http_port": self.http_port,
             "stale_threshold_ms": self.config.stale_threshold_ms,
         }
 
-    def about(self) -> dict[str, Any]:
+    def snapshot_header(self) -> dict[str, Any]:
         """What heads the document of /engines."""
         return {
             "instance": self._instance,
@@ -469,8 +351,8 @@ class StateGateway:
 
     def threads(self) -> dict[str, bool]:
         """For each thread, by name, whether it is alive and moving."""
-        return {part.name: part.is_making_progress(self._clock) for part in self._parts}
+        return self._threads.progress(self._clock)
 
     def is_ready(self) -> bool:
         """Whether everything is open and nothing is stopping."""
-        return self._ready
+        return self._threads.is_running

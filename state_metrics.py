@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from config import MODES
 from engine_state import FIELDS, Field
 from gateway_counters import ACCEPTED, COUNTERS, OUTCOMES
 from staleness import LIVE, STALE
@@ -129,7 +130,7 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
         _family("datagrams_total", "counter", "Datagrams received, by what was made of them",
                 [({"outcome": outcome}, count) for outcome, count in outcomes.items()]),
         _family("datagrams_received_total", "counter", "Datagrams received, by network mode",
-                [({"network_mode": mode}, stats[f"{mode}_received"]) for mode in ("unicast", "broadcast")]),
+                [({"network_mode": mode.name}, stats[mode.counter]) for mode in MODES.values()]),
         _family("datagrams_invalid_total", "counter", "Datagrams rejected as invalid, by reason",
                 [({"reason": reason}, count) for reason, count in stats["invalid_reasons"].items()]),
     ]  # fmt: skip

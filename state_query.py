@@ -77,7 +77,7 @@ class Gateway(Protocol):
     def get_stats(self) -> dict[str, Any]:
         """The document of /stats."""
 
-    def about(self) -> dict[str, Any]:
+    def snapshot_header(self) -> dict[str, Any]:
         """What heads the document of /engines: instance, uptime_ms, time_ms, stale_threshold_ms."""
 
     def catch_up(self) -> None:
@@ -216,7 +216,7 @@ class Query:
 
         `between` is put before each engine and before the end, where JSON allows white space.
         """
-        head = self._gateway.about()
+        head = self._gateway.snapshot_header()
         now, rows = self._store.snapshot_of(engine_ids) if engine_ids else self._store.snapshot()
         ends, lasting = EndsJson(now, self._store.freshness, self._ages_json), self._lasting
         pieces = [b""]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ipaddress
 import unittest
+from unittest import mock
 
 from config import (
+    MODES,
     PREFIX,
     SETTINGS,
     Config,
     ConfigError,
+    Mode,
     example_environment,
     read_config,
     settings_help,
     unknown_variables,
 )
+from sockets import listen_address
 from tests.harness import TOP
 
 
@@ -221,6 +225,20 @@ class OneTable(unittest.TestCase):
                     [(variable.strip(" `"), default.strip(" `")) for variable, default in shown],
                     [(setting.variable, setting.default) for setting in SETTINGS],
                 )
+
+    def test_both_readmes_have_the_modes(self) -> None:
+        for name in ("README.md", "README.zh-CN.md"):
+            text = (TOP / name).read_text(encoding="utf-8")
+            with self.subTest(name):
+                self.assertRegex(text, r"\n\| \|" + "".join(rf" {mode}[^|]*\|" for mode in MODES) + "\n")
+        listens_on = " | ".join(mode.listens_on for mode in MODES.values())
+        self.assertIn(f"\n| listens on | {listens_on} |\n", (TOP / "README.md").read_text(encoding="utf-8"))
+
+    def test_a_mode_is_a_row(self) -> None:
+        multicast = Mode("multicast", "all interfaces", on_all_interfaces=True)
+        with mock.patch.dict(MODES, multicast=multicast):
+            self.assertEqual(listen_address("multicast", "127.0.0.1"), "0.0.0.0")
+        self.assertEqual([mode.counter for mode in MODES.values()], ["unicast_received", "broadcast_received"])
 
     def test_the_example_environment_is_made_from_the_table(self) -> None:
         text = (TOP / "config_examples" / "gateway.env").read_text(encoding="utf-8")

@@ -314,7 +314,7 @@ class Threads(GatewayCase):
             gateway = self.run_gateway(clock=clock)
             assert gateway.http_port is not None
             self.assertTrue(entered.wait(DEADLINE_S))
-            others = [part for part in gateway._parts if part.name != "reaper"]
+            others = [part for part in gateway._threads.threads if part.name != "reaper"]
             for _ in range(11):
                 self.assertEqual(ask(gateway.http_port, "/livez").status, 200)
                 clock.move(0.95)  # less than what is taken for a pause of the whole process
@@ -415,7 +415,7 @@ class FromPython(GatewayCase):
             taken.bind(("127.0.0.1", 0))
             port = taken.getsockname()[1]
             with (
-                mock.patch("state_gateway.open_udp_sockets", wraps=open_udp_sockets) as tries,
+                mock.patch("bound_ports.open_udp_sockets", wraps=open_udp_sockets) as tries,
                 mock.patch("time.sleep") as sleep,
             ):
                 for _ in range(20):
@@ -580,15 +580,18 @@ sys.path.insert(0, sys.argv[1])
 from gateway import get_state_gateway
 gateway = get_state_gateway()
 goes_on, tell = os.pipe()
+forked, has_forked = os.pipe()
 child = os.fork()
 if child == 0:
     os.close(tell)
+    os.write(has_forked, b"x")  # it has closed what it inherited
     try:
         gateway.get_engine_states_dict()
     except RuntimeError as error:
         print(error, flush=True)
     os.read(goes_on, 1)
     os._exit(0)
+os.read(forked, 1)
 gateway.shutdown()
 print("again", get_state_gateway().is_ready(), flush=True)  # while the child lives
 os.close(tell)

@@ -46,7 +46,7 @@ class AnyGateway:
     def get_stats(self) -> dict[str, Any]:
         raise NotImplementedError  # tested with a real one, in test_gateway
 
-    def about(self) -> dict[str, Any]:
+    def snapshot_header(self) -> dict[str, Any]:
         return {"instance": "i", "uptime_ms": 1, "time_ms": 2, "stale_threshold_ms": 2000}
 
     def catch_up(self) -> None:
