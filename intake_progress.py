@@ -56,18 +56,23 @@ def coalescing_delay_s(rate: float, longest_s: float, room: float) -> float:
 class Pacing:
     """Measures how fast datagrams come, and says how long to wait between two steps. For the listener's thread."""
 
-    def __init__(self, room: float, now: float) -> None:
-        """`room`: datagrams that may wait in a socket without fear that its buffer runs over."""
+    def __init__(self, room: float, now: float, has_impatient_readers: Callable[[], bool]) -> None:
+        """`room`: datagrams that may wait in a socket without fear that its buffer runs over.
+
+        `has_impatient_readers`: whether anybody reads the store without the barrier.
+        """
         self._room = room
+        self._has_impatient_readers = has_impatient_readers
         self._taken = 0
         self._since = now
         self._delay_s = 0.0
 
-    def delay_s(self, taken: int, now: float, longest_s: float) -> float:
-        """How long to wait after a step that took so many, `longest_s` at most."""
+    def delay_s(self, taken: int, now: float) -> float:
+        """How long to wait after a step that took so many."""
         self._taken += taken
         elapsed = now - self._since
         if elapsed >= RATE_WINDOW_S:
+            longest_s = LOW_LATENCY_DELAY_S if self._has_impatient_readers() else MAX_DELAY_S
             self._delay_s = coalescing_delay_s(self._taken / elapsed, longest_s, self._room)
             self._taken, self._since = 0, now
         return self._delay_s

@@ -26,7 +26,7 @@ from engine_state import (
     unquote_json,
 )
 from gateway_counters import ACCEPTED, REJECTED_CAPACITY, UNLOGGED
-from intake_progress import LOW_LATENCY_DELAY_S, MAX_DELAY_S, Pacing, ReadBarrier, Watermark
+from intake_progress import Pacing, ReadBarrier, Watermark
 from kernel_drops import KernelDrops
 from log_throttle import LogThrottle
 from sockets import SocketLost, bind_anew, format_address, granted_receive_buffer
@@ -134,7 +134,6 @@ class UdpListener:
         self._store = store
         self._log = log
         self._sources = _Sources(tuple(allowed_sources))
-        self._low_latency = low_latency
         self._clock = clock
         self._wall_clock = wall_clock
         self._stopping = False
@@ -147,7 +146,8 @@ class UdpListener:
         granted = [granted_receive_buffer(sock) * 2 for sock in sockets]
         max_buffered = 1 + sum(granted) // MIN_CHARGE_BYTES
         self._watermark = Watermark(max_buffered, clock(), store.advance_watermark, *watermark_readers)
-        self._pacing = Pacing(min(granted) / 4 / MAX_CHARGE_BYTES, clock())  # a quarter of what certainly fits
+        room = min(granted) / 4 / MAX_CHARGE_BYTES  # a quarter of what certainly fits
+        self._pacing = Pacing(room, clock(), lambda: low_latency or store.has_subscriber)
         self._drops = KernelDrops(sockets)
         self._notices = _Notices(clock)
         self.last_progress_at = clock()  # monotonic; written by the listener's thread only
@@ -158,8 +158,7 @@ class UdpListener:
         while not self._stopping:
             taken = self.step(0 if self._barrier.is_requested else POLL_TIMEOUT_MS)
             now = self._clock()
-            longest_s = LOW_LATENCY_DELAY_S if self._low_latency or self._store.has_subscriber else MAX_DELAY_S
-            delay_s = self._pacing.delay_s(taken, now, longest_s)
+            delay_s = self._pacing.delay_s(taken, now)
             # More than a batch is a socket that has been filling up meanwhile.
             if delay_s and taken < MAX_BATCH_DATAGRAMS and not self._barrier.is_requested:
                 self._wakeup.wait(delay_s)

@@ -45,15 +45,16 @@ class Delays(unittest.TestCase):
                 self.assertLessEqual(delay_s * rate * MAX_CHARGE_BYTES, granted * 2 / 4 + 1)
 
     def test_pacing_follows_the_rate_of_the_last_window(self) -> None:
-        pacing = Pacing(float("inf"), 0.0)
-        self.assertEqual(pacing.delay_s(1000, RATE_WINDOW_S / 2, MAX_DELAY_S), 0.0)
-        self.assertGreater(pacing.delay_s(0, RATE_WINDOW_S, MAX_DELAY_S), 0.0)
-        self.assertGreater(pacing.delay_s(0, 1.5 * RATE_WINDOW_S, MAX_DELAY_S), 0.0)
-        self.assertEqual(pacing.delay_s(0, 2 * RATE_WINDOW_S, MAX_DELAY_S), 0.0)
+        pacing = Pacing(float("inf"), 0.0, lambda: False)
+        self.assertEqual(pacing.delay_s(1000, RATE_WINDOW_S / 2), 0.0)
+        self.assertGreater(pacing.delay_s(0, RATE_WINDOW_S), 0.0)
+        self.assertGreater(pacing.delay_s(0, 1.5 * RATE_WINDOW_S), 0.0)
+        self.assertEqual(pacing.delay_s(0, 2 * RATE_WINDOW_S), 0.0)
 
     def test_pacing_keeps_to_the_longest_delay(self) -> None:
-        pacing = Pacing(float("inf"), 0.0)
-        self.assertEqual(pacing.delay_s(100, 0.05, LOW_LATENCY_DELAY_S), LOW_LATENCY_DELAY_S)
+        for impatient, longest_s in ((True, LOW_LATENCY_DELAY_S), (False, MAX_DELAY_S)):
+            pacing = Pacing(float("inf"), 0.0, lambda answer=impatient: answer)  # type: ignore[misc]
+            self.assertEqual(pacing.delay_s(100, 0.05), longest_s)
 
 
 class Marks(unittest.TestCase):
