@@ -157,7 +157,7 @@ class UdpListener:
         flush_at = self._clock()
         while not self._stopping:
             taken = self.step(0 if self._barrier.is_requested else POLL_TIMEOUT_MS)
-            now = self._clock()
+            now = self.last_progress_at
             delay_s = self._pacing.delay_s(taken, now)
             # More than a batch is a socket that has been filling up meanwhile.
             if delay_s and taken < MAX_BATCH_DATAGRAMS and not self._barrier.is_requested:
@@ -180,13 +180,17 @@ class UdpListener:
         ticket = barrier.ticket()
         began_at = self._clock()
         ready = self._poll.poll(wait_ms)
-        self.last_progress_at = self._clock()
+        if not ready:
+            self.last_progress_at = (
+                self._clock()
+            )  # else it follows below
         taken, emptied = 0, True
         barrier.begin()
         for fd, _ in ready:
             inlet = self._inlets.get(fd)
             if inlet is None:
                 self._wakeup.clear()
+                self.last_progress_at = self._clock()
                 continue
             from_it, it_is_empty = self._empty(inlet)
             taken += from_it
@@ -199,12 +203,12 @@ class UdpListener:
         """Take what waits in a socket, MAX_BATCHES_PER_STEP at most; returns how many, and whether it is empty now."""
         taken = 0
         for _ in range(MAX_BATCHES_PER_STEP):
-            self.last_progress_at = self._clock()
             try:
                 datagrams, addresses = inlet.receiver.receive()
             except OSError as error:
                 self._mend(inlet, error)
                 return taken, False
+            self.last_progress_at = self._clock()
             if datagrams:
                 taken += len(datagrams)
                 self._take(datagrams, addresses)
@@ -243,7 +247,7 @@ class UdpListener:
         self._barrier.wait(timeout_s)
 
     def _take(self, datagrams: list[bytes], addresses: Sequence[bytes]) -> None:
-        batch = Batch(self._clock(), self._wall_clock())
+        batch = Batch(self.last_progress_at, self._wall_clock())
         known = self._sources
         sources = [known[address] for address in addresses]
         if _REFUSED in sources:
