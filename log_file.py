@@ -41,11 +41,8 @@ logger = logging.getLogger("elrar.log")
 ROTATE_RETRY_S = 60.0
 LOCK_RETRY_S = 0.05
 WRITE_BYTES = 1024 * 1024  # at most in one system call, so that a slow disk is seen to move
-_STANDARD_STREAMS = {
-    "-": 1,
-    **{f"{folder}/{name}": fd for folder, name, fd in (("/dev", "stdout", 1), ("/dev", "stderr", 2))},
-    **{f"{folder}/{fd}": fd for folder in ("/dev/fd", "/proc/self/fd") for fd in (1, 2)},
-}
+_STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2, "/dev/fd/1": 1, "/dev/fd/2": 2}
+_DESCRIPTOR_OF_PROCESS = re.compile("/proc/(self|thread-self|[0-9]+)/fd/([12])")
 _NO_PLACES = ("/dev/fd/", "/proc/")  # names that are no places in a folder
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _MAX_LINKS = 16  # symbolic links that are followed to see whether they end at a standard stream
@@ -100,11 +97,18 @@ def make_log_target(path: str, max_bytes: int, backups: int, *, clock: Callable[
 
 def standard_stream(path: str) -> int | None:
     """1 or 2 if a LOG_FILE means standard output or standard error, also through symbolic links; else None."""
+    if path == "-":
+        return 1
+    ours = ("self", "thread-self", str(os.getpid()))
     for _ in range(_MAX_LINKS):
+        path = os.path.normpath(path).replace("//", "/")
         if path in _STANDARD_STREAMS:
             return _STANDARD_STREAMS[path]
+        match = _DESCRIPTOR_OF_PROCESS.fullmatch(path)
+        if match and match[1] in ours:
+            return int(match[2])
         try:
-            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+            path = os.path.join(os.path.dirname(path), os.readlink(path))
         except OSError:
             return None
     return None

@@ -181,9 +181,7 @@ class UdpListener:
         began_at = self._clock()
         ready = self._poll.poll(wait_ms)
         if not ready:
-            self.last_progress_at = (
-                self._clock()
-            )  # else it follows below
+            self.last_progress_at = self._clock()  # else it follows below
         taken, emptied = 0, True
         barrier.begin()
         for fd, _ in ready:

@@ -339,9 +339,20 @@ class StandardStreams(unittest.TestCase):
         return stream
 
     def test_what_means_a_standard_stream(self) -> None:
-        for path, fd in (("-", 1), ("/dev/stdout", 1), ("/dev/stderr", 2), ("/dev/fd/1", 1), ("/proc/self/fd/2", 2)):
-            self.assertEqual(standard_stream(path), fd)
-        for path in ("engine_states.jsonl", "./-", "/dev/null", "/dev/stdout.jsonl", "/dev/fd/3", ""):
+        for path, fd in (
+            ("-", 1), ("/dev/stdout", 1), ("/dev/stderr", 2), ("/dev/fd/1", 1), ("/proc/self/fd/2", 2),
+            (f"/proc/{os.getpid()}/fd/1", 1), ("//dev/./stdout", 1),
+        ):  # fmt: skip
+            self.assertEqual(standard_stream(path), fd, path)
+        for path in (
+            "engine_states.jsonl",
+            "./-",
+            "/dev/null",
+            "/dev/stdout.jsonl",
+            "/dev/fd/3",
+            "",
+            f"/proc/{os.getppid()}/fd/1",
+        ):
             self.assertIsNone(standard_stream(path), path)
 
     def test_a_symbolic_link_to_a_standard_stream_is_one(self) -> None:
