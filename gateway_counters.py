@@ -97,6 +97,7 @@ COUNTERS = (
     Counter("log.rotations", "log_rotations_total", "Rotations of the state log"),
     Counter("http.connections", "http_connections", "Open connections to the query interface", "gauge"),
     Counter("http.requests", "http_requests_total", "Requests answered by the query interface"),
+    Counter("http.unauthorized", "http_unauthorized_requests_total", "Requests without a token that may read"),
     Counter("http.closed_idle", "http_closed_idle_connections_total",
             "Connections that asked nothing, closed to make room"),
     Counter("http.rejected_connections", "http_rejected_connections_total",

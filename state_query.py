@@ -11,15 +11,16 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Collection, Container, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Container
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote_to_bytes
 
 import state_metrics as metrics
 from engine_state import quote_json
 from http_message import METHODS, Answer, QueryError, Request, error_answer, json_answer
+from openapi_document import openapi_document
+from query_route import MAX_INTERVAL_MS, Question, Route, decode, listed, parse_query
 from reader_access import ReaderAccess
 from staleness import LIVE, STALE
 from state_entry import EndsJson, entry_head, lone_entry_head, past_state_json
@@ -29,8 +30,6 @@ from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 DISTRIBUTION = "elrar-state-gateway"
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
 _ALLOW = f"Allow: {', '.join(METHODS)}"
-MAX_INTERVAL_MS = 3_600_000
-MAX_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
 SHARED_S = 0.01  # how old a snapshot may be that is given to several readers
 
 
@@ -90,27 +89,6 @@ class Gateway(Protocol):
         """Whether everything is open and nothing is stopping."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a path: its parameters, decoded, and what a reader of /watch says that it was sent last."""
-
-    parameters: dict[str, list[str]]
-    last_event_id: str = ""
-
-    def engine_ids(self) -> tuple[str, ...]:
-        """The values of `engine_id`, each once; raises QueryError for an empty one: a script's unset variable."""
-        engine_ids = tuple(dict.fromkeys(self.parameters.get("engine_id", ())))
-        if "" in engine_ids:
-            raise QueryError(400, "engine_id is empty; leave it out to ask for every engine")
-        return engine_ids
-
-    def engine_id(self) -> str:
-        """The one engine that is asked for; raises QueryError if it is none or several."""
-        if len(self.parameters.get("engine_id", ())) != 1:
-            raise QueryError(400, "exactly one engine_id is needed, as in ?engine_id=http%3A%2F%2Fhost%3A8000")
-        return self.engine_ids()[0]
-
-
 class Query:
     """Answers questions by path; for one thread at a time."""
 
@@ -129,6 +107,7 @@ class Query:
         self._watch = watch
         self._clock = clock
         self._page = status_page()
+        self._openapi_answer = json_answer(openapi_document(ROUTES, gateway.version))
         self._ages_json = watch.ages_json
         self._lasting: dict[str, tuple[Visible, bytes]] = {}  # of each engine, for as long as it shows that state
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
@@ -156,7 +135,7 @@ class Query:
         if refusal is not None:
             return refusal
         if request.method not in METHODS:
-            not_allowed = error_answer(405, f"this is read-only: {_listed(METHODS)} are answered")
+            not_allowed = error_answer(405, f"this is read-only: {listed(METHODS)} are answered")
             return replace(not_allowed, headers=(_ALLOW,))
         try:
             return self.answer(request.target, request.header("last-event-id"))
@@ -172,16 +151,15 @@ class Query:
         route, engine_id = find_route(path)
         parameters = {} if route.parameters is None else parse_query(query, route)
         if engine_id is not None:
-            parameters["engine_id"] = [_decode(engine_id)]
-        return route.function(self, Question(parameters, last_event_id))
+            parameters["engine_id"] = [decode(engine_id)]
+        answer: Answer | WatchReader = route.function(self, Question(parameters, last_event_id))
+        return answer
 
     def _status_page(self, _: Question) -> Answer:
         return self._page
 
     def _engines(self, question: Question) -> Answer:
-        wanted = question.parameters.get("status", [])
-        if any(status not in (LIVE, STALE) for status in wanted):
-            raise QueryError(400, "status is live or stale")
+        wanted = question.among("status", (LIVE, STALE))
         engine_ids = question.engine_ids()
         self._gateway.catch_up()
         changes = self._store.changes()
@@ -264,9 +242,12 @@ class Query:
         self._gateway.catch_up()
         return json_answer(self._gateway.get_stats())
 
-    def _metrics(self, _: Question) -> Answer:
+    def _metrics(self, question: Question) -> Answer:
+        wanted = question.among("engines", ("yes", "no"))
         self._gateway.catch_up()
-        page = metrics.gateway_metrics(self._gateway.get_stats()) + metrics.engine_metrics(self._store.views())
+        page = metrics.gateway_metrics(self._gateway.get_stats())
+        if "no" not in wanted:
+            page += metrics.engine_metrics(self._store.views())
         return Answer(200, page, metrics.CONTENT_TYPE)
 
     def _livez(self, _: Question) -> Answer:
@@ -282,37 +263,36 @@ class Query:
         ready = self._gateway.is_ready()
         return json_answer({"status": "ready" if ready else "not ready: starting or stopping"}, 200 if ready else 503)
 
+    def _openapi(self, _: Question) -> Answer:
+        return self._openapi_answer
+
     def _version(self, _: Question) -> Answer:
         return json_answer({"version": self._gateway.version})
 
 
 _NO_SUCH_ENGINE = "no such engine; in a path its id is percent-encoded, as in http%3A%2F%2Fhost%3A8000"
 
-
-@dataclass(frozen=True)
-class Route:
-    """One path: what answers it, and the parameters that it knows."""
-
-    path: str  # <engine_id> stands for a percent-encoded id
-    function: Callable[[Query, Question], Answer | WatchReader]
-    parameters: tuple[str, ...] | None = ()  # None = any, which are passed over
-    is_probe: bool = False  # answered before everything else, and also if there is no place for more connections
-
+_HTML, _METRICS, _EVENTS = "text/html", "text/plain", "text/event-stream"
 
 ROUTES = (
-    Route("/", Query._status_page, None),
-    Route("/engines", Query._engines, ("engine_id", "status")),
-    Route("/engines/<engine_id>", Query._one_engine),
-    Route("/engines/<engine_id>/history", Query._history),
-    Route("/history", Query._history, ("engine_id",)),
-    Route("/stats", Query._stats),
-    Route("/metrics", Query._metrics),
-    Route("/livez", Query._livez, None, is_probe=True),
-    Route("/health", Query._livez, None, is_probe=True),
-    Route("/readyz", Query._readyz, None, is_probe=True),
-    Route("/version", Query._version),
-    Route("/watch", Query._watched, ("engine_id", "min_interval_ms")),
-)
+    Route("/", Query._status_page, "the status page, for people", None, media_type=_HTML),
+    Route("/engines", Query._engines, "every engine and how fresh its state is, or those that are asked for",
+          ("engine_id", "status"), schema="Snapshot"),
+    Route("/engines/<engine_id>", Query._one_engine, "one engine", schema="Entry"),
+    Route("/engines/<engine_id>/history", Query._history, "an engine's latest states, oldest first", schema="History"),
+    Route("/history", Query._history, "the same, for readers behind a proxy that decodes paths", ("engine_id",),
+          required=("engine_id",), schema="History"),
+    Route("/stats", Query._stats, "counters, settings in effect, losses of the log and the kernel", schema="Stats"),
+    Route("/metrics", Query._metrics, "the same and every engine, in Prometheus' text format", ("engines",),
+          media_type=_METRICS),
+    Route("/livez", Query._livez, "whether every thread is alive and moving", None, schema="Liveness", is_probe=True),
+    Route("/health", Query._livez, "the same", None, schema="Liveness", is_probe=True),
+    Route("/readyz", Query._readyz, "whether everything is open", None, schema="Readiness", is_probe=True),
+    Route("/version", Query._version, "the version of the gateway", schema="Version"),
+    Route("/watch", Query._watched, "a snapshot, then each change as it happens, as server-sent events",
+          ("engine_id", "min_interval_ms"), media_type=_EVENTS),
+    Route("/openapi.json", Query._openapi, "this description", schema="Anything"),
+)  # fmt: skip
 _BY_PATH = {route.path: route for route in ROUTES}
 
 
@@ -327,43 +307,4 @@ def find_route(path: str) -> tuple[Route, str | None]:
         encoded = path.removeprefix("/engines/")
         encoded_id = encoded.removesuffix("/history")
         return _BY_PATH["/engines/<engine_id>" + encoded[len(encoded_id) :]], encoded_id
-    raise QueryError(404, f"no such path; there are {_listed(_BY_PATH)}")
-
-
-def parse_query(query: str, route: Route) -> dict[str, list[str]]:
-    """The decoded values of each parameter; raises QueryError if the route does not know one of them."""
-    if query.count("&") >= MAX_PARAMETERS:
-        raise QueryError(400, f"more than {MAX_PARAMETERS} parameters")
-    parameters: dict[str, list[str]] = {}
-    known = route.parameters or ()
-    for part in query.split("&"):
-        if not part:
-            continue
-        name, _, value = part.partition("=")
-        if name not in known:
-            name = _decode(name.replace("+", " "))
-        if name not in known:
-            knows = f"the parameters {_listed(known)}" if known else "no parameters"
-            raise QueryError(400, f"an unknown parameter: {route.path} knows {knows}")
-        parameters.setdefault(name, []).append(_decode(value.replace("+", " ")))
-    return parameters
-
-
-_NO_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
-
-
-def _decode(text: str) -> str:
-    """Percent-decoding, in linear time."""
-    if "%" not in text:
-        return text
-    if _NO_ESCAPE.search(text):  # one by one, they would also be the dearest there is
-        raise QueryError(400, "a % that no two hexadecimal digits follow; a % itself is written %25")
-    try:
-        return unquote_to_bytes(text).decode()
-    except UnicodeDecodeError:
-        raise QueryError(400, "what is percent-encoded is no UTF-8") from None
-
-
-def _listed(names: Iterable[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
+    raise QueryError(404, f"no such path; there are {listed(_BY_PATH)}")

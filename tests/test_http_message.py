@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import http_message
 from http_message import MAX_HEAD_BYTES, Answer, BadRequest, Request, RequestBuffer, ResponseHeads, parse_request
-from state_query import ROUTES, find_route, parse_query
+from query_route import parse_query
+from state_query import ROUTES, find_route
 
 HEAD = b"GET /x HTTP/1.1\r\nHost: a\r\n"
 PRINTABLE = bytes(range(0x20, 0x7F))

@@ -1,0 +1,110 @@
+"""A path of the query interface, the parameters that it knows, and what is asked with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from http_message import JSON_TYPE, QueryError
+
+MAX_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
+MAX_INTERVAL_MS = 3_600_000
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a path: its parameters, decoded, and what a reader of /watch says that it was sent last."""
+
+    parameters: dict[str, list[str]]
+    last_event_id: str = ""
+
+    def engine_ids(self) -> tuple[str, ...]:
+        """The values of `engine_id`, each once; raises QueryError for an empty one: a script's unset variable."""
+        engine_ids = tuple(dict.fromkeys(self.parameters.get("engine_id", ())))
+        if "" in engine_ids:
+            raise QueryError(400, "engine_id is empty; leave it out to ask for every engine")
+        return engine_ids
+
+    def engine_id(self) -> str:
+        """The one engine that is asked for; raises QueryError if it is none or several."""
+        if len(self.parameters.get("engine_id", ())) != 1:
+            raise QueryError(400, "exactly one engine_id is needed, as in ?engine_id=http%3A%2F%2Fhost%3A8000")
+        return self.engine_ids()[0]
+
+    def among(self, name: str, values: tuple[str, ...]) -> list[str]:
+        """The values of a parameter that has to be one of a few; raises QueryError if one is not."""
+        wanted = self.parameters.get(name, [])
+        if any(value not in values for value in wanted):
+            raise QueryError(400, f"{name} is {listed(values, 'or')}")
+        return wanted
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a parameter means, wherever a path knows it."""
+
+    name: str
+    meaning: str
+    schema: dict[str, Any]
+    is_repeatable: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """What OpenAPI says of it."""
+        return {"name": self.name, "description": self.meaning, "schema": self.schema}
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path: what answers it, and the parameters that it knows."""
+
+    path: str  # <engine_id> stands for a percent-encoded id
+    function: Callable[[Any, Question], Any]
+    answers: str  # what it answers, in one line
+    parameters: tuple[str, ...] | None = ()  # None = any, which are passed over
+    required: tuple[str, ...] = ()
+    schema: str = ""  # of a JSON answer, in openapi_document.py
+    media_type: str = JSON_TYPE
+    is_probe: bool = False  # answered before everything else, and also if there is no place for more connections
+
+
+def parse_query(query: str, route: Route) -> dict[str, list[str]]:
+    """The decoded values of each parameter; raises QueryError if the route does not know one of them."""
+    if query.count("&") >= MAX_PARAMETERS:
+        raise QueryError(400, f"more than {MAX_PARAMETERS} parameters")
+    parameters: dict[str, list[str]] = {}
+    known = route.parameters or ()
+    for part in query.split("&"):
+        if not part:
+            continue
+        name, _, value = part.partition("=")
+        if name not in known:
+            name = decode(name.replace("+", " "))
+        if name not in known:
+            knows = f"the parameters {listed(known)}" if known else "no parameters"
+            raise QueryError(400, f"an unknown parameter: {route.path} knows {knows}")
+        parameters.setdefault(name, []).append(decode(value.replace("+", " ")))
+    return parameters
+
+
+_NO_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+
+
+def decode(text: str) -> str:
+    """Percent-decoding, in linear time; raises QueryError."""
+    if "%" not in text:
+        return text
+    if _NO_ESCAPE.search(text):  # one by one, they would also be the dearest there is
+        raise QueryError(400, "a % that no two hexadecimal digits follow; a % itself is written %25")
+    try:
+        return unquote_to_bytes(text).decode()
+    except UnicodeDecodeError:
+        raise QueryError(400, "what is percent-encoded is no UTF-8") from None
+
+
+def listed(names: Iterable[str], word: str = "and") -> str:
+    """Names as a sentence has them."""
+    *most, last = names
+    return f"{', '.join(most)} {word} {last}" if most else last
