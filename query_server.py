@@ -508,7 +508,9 @@ class QueryServer:
         keep_alive = request.keep_alive and not connection.is_reserve and not self._stopping
         if answer.status == 401:
             self._counters.unauthorized += 1
-        answer = replace(answer, headers=(*answer.headers, *self._application.headers_for(request)))
+        more = self._application.headers_for(request)
+        if more:
+            answer = replace(answer, headers=(*answer.headers, *more))
         answered = _Answered(connection, answer, keep_alive, head_only=request.method == "HEAD")
         if answer.held_back_s:
             answered.keep_alive = False
