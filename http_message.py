@@ -232,14 +232,18 @@ def _path_of(method: str, target: str) -> str:
 
 
 def _has_body(headers: Mapping[bytes, list[bytes]]) -> bool:
-    lengths = headers.get(b"content-length", [b"0"])
+    lengths = headers.get(b"content-length")
+    if lengths is None:
+        return b"transfer-encoding" in headers
     if not all(map(_LENGTH.fullmatch, lengths)) or len(set(lengths)) > 1:
         raise BadRequest(400, "Content-Length is no number")
     return int(lengths[0]) > 0 or b"transfer-encoding" in headers
 
 
 def _keeps_alive(headers: Mapping[bytes, list[bytes]], http_1_0: bool) -> bool:
-    listed = b",".join(headers.get(b"connection", ()))
+    if b"connection" not in headers:
+        return not http_1_0
+    listed = b",".join(headers[b"connection"])
     if len(listed) > MAX_LIST_BYTES:
         raise BadRequest(431, f"Connection is longer than {MAX_LIST_BYTES} bytes")
     tokens = [token.strip().lower() for token in listed.split(b",")]

@@ -161,6 +161,8 @@ class Connection:
 
     def find_request(self) -> None:
         """Look for a whole request in what has come; raises BadRequest."""
+        if not self._buffer:
+            return
         head = self._buffer.extract_head()
         if head is not None:
             self.request = parse_request(head)

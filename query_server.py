@@ -539,7 +539,8 @@ class QueryServer:
                     self._queue.push(connection)
 
     def _answer_to(self, request: Request, connection: Connection) -> Answer | Stream:
-        if not self._application.is_probe(request):
+        is_crowded = connection.is_reserve or self._places.unsent.total > MAX_UNSENT_BYTES
+        if is_crowded and not self._application.is_probe(request):
             if not self._has_right_to_answer(connection):
                 self._counters.reject("no_place", f"peer={connection.peer}")
                 return error_answer(503, f"more than {self._places.max_connections} connections")

@@ -109,6 +109,11 @@ class ReaderAccess:
         self._clock = clock
         self._guesses: dict[str, deque[float]] = {}  # by network: when it last sent wrong tokens
 
+    @property
+    def needs_token(self) -> bool:
+        """Whether readers need a token at all."""
+        return self._digests is not None
+
     def set_tokens(self, tokens: Iterable[bytes] | None) -> None:
         """Replace the tokens; from any thread."""
         self._digests = None if tokens is None else frozenset(map(self._digest, tokens))

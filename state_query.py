@@ -131,9 +131,10 @@ class Query:
         """Answer a request that comes from a network, also one that cannot be answered."""
         if request.method == "OPTIONS":
             return Answer(204, b"", headers=(_ALLOW,))
-        refusal = None if self.is_probe(request) else self._access.refusal(request, network)
-        if refusal is not None:
-            return refusal
+        if self._access.needs_token and not self.is_probe(request):
+            refusal = self._access.refusal(request, network)
+            if refusal is not None:
+                return refusal
         if request.method not in METHODS:
             not_allowed = error_answer(405, f"this is read-only: {listed(METHODS)} are answered")
             return replace(not_allowed, headers=(_ALLOW,))
