@@ -19,6 +19,7 @@ from staleness import LIVE, STALE
 
 Schema = dict[str, Any]
 
+_STATUSES = [LIVE, STALE, "unavailable"]
 EVENT_STREAM = "text/event-stream"
 
 
@@ -89,19 +90,51 @@ def _state_properties() -> dict[str, Schema]:
     return {field.name: _field(field.accepts, field.meaning) for field in FIELDS}
 
 
+_SCALAR: Schema = {"type": ["string", "number", "boolean", "null"], "description": "a further field"}
+
+
 def _entry() -> Schema:
     return _object(
         {
             **_state_properties(),
             "heartbeat": _boolean("the state shown is a heartbeat, whose load fields are placeholders and say nothing"),
+            "load_known": _boolean("the state shown is no heartbeat"),
+            "usable": _boolean("live, and the load is known: safe to send requests to by these numbers"),
             "received_ms": _integer("when the state shown was received, ms since the epoch by the gateway's clock"),
             "clock_offset_ms": _integer("receipt minus timestamp_ms, ms: the error of the engine's clock", None),
             "source": _string("address and port that the state shown came from"),
-            "status": _string("by the time since it was last heard from", enum=[LIVE, STALE]),
+            "status": _string("by the time since it was last heard from, and its phase", enum=_STATUSES),
+            "phase": _or_null(_string("what the engine is up to; null if it never said, which counts as serving")),
+            "restarts": _integer("restarts that were noticed"),
+            "lost": _or_null(_integer("datagrams of it that did not arrive; null if it does not number them")),
+            "conflict": _boolean("several senders use this engine_id"),
+            "extra": _map(_SCALAR, "further fields that it sent, by name"),
             "age_ms": _integer("ms since the engine was last heard from"),
             "state_age_ms": _integer("ms since the load state shown was received"),
         },
         "One engine: what it sent, and how fresh that is.",
+        optional=("load_known", "usable", "phase", "restarts", "lost", "conflict", "extra"),
+    )
+
+
+def _fleet() -> Schema:
+    count = _integer("engines")
+    sums = {
+        field.name: _object({"sum": _number(_plain(field.meaning)), "engines": _integer("engines behind it")})
+        for field in FIELDS
+        if field.summed
+    }
+    return _object(
+        {
+            "live": _integer("live engines"),
+            "unavailable": _integer("engines that are there, and are not to be sent requests"),
+            "stale": _integer("stale engines"),
+            "usable": _integer("live engines whose load is known"),
+            "sums": _object(sums, "over usable engines, without what an engine does not know"),
+            "scheduling_modes": _map(count, "how many engines have each"),
+            "phases": _map(count, "how many engines are in each"),
+        },
+        "All engines together.",
     )
 
 
@@ -122,7 +155,8 @@ _SNAPSHOT_HEAD: dict[str, Schema] = {
 
 def _snapshot() -> Schema:
     engines = _map(_reference("Entry"), "the engines asked for, by engine_id")
-    return _object({**_SNAPSHOT_HEAD, "engines": engines}, "The fleet at one moment.")
+    properties = {**_SNAPSHOT_HEAD, "fleet": _reference("Fleet"), "engines": engines}
+    return _object(properties, "The fleet at one moment.", optional=("fleet",))
 
 
 _STATS: dict[str, Schema] = {
@@ -168,17 +202,50 @@ def _stats() -> Schema:
     rejections = {name: _integer(meaning) for name, meaning in REJECTIONS.items()}
     sections["http"]["rejections"] = _object(rejections, "connections turned away or cut off, by reason")
     properties.update({name: _object(section) for name, section in sections.items()})
-    return _object(properties, "Counters since the start, settings in effect, losses of the log and the kernel.")
+    properties["fleet"] = _reference("Fleet")
+    properties["lost_states"] = _integer("datagrams that engines numbered and that did not arrive")
+    sample = {
+        "time_ms": _integer("when, ms since the epoch"),
+        "source": _string("where it came from"),
+        "detail": _string("what was wrong with it"),
+    }
+    properties["rejected_samples"] = _map(_object(sample), "the last datagram rejected for each reason that occurred")
+    optional = ("fleet", "lost_states", "rejected_samples")
+    return _object(
+        properties, "Counters since the start, settings in effect, losses of the log and the kernel.", optional=optional
+    )
+
+
+def _event() -> Schema:
+    return _object(
+        {
+            "time_ms": _integer("when, ms since the epoch"),
+            "event": _string("what kind of event"),
+            "engine_id": _or_null(_string("which engine; null if it is about the gateway")),
+            "message": _string("more about it"),
+            "count": _integer("how many of that kind it stands for", 1),
+        }
+    )
 
 
 def _schemas() -> dict[str, Schema]:
     moving = _map(_string("ok or stuck", enum=["ok", "stuck"]), "the gateway's threads, by name")
     return {
         "Entry": _entry(),
+        "Fleet": _fleet(),
         "PastState": _past_state(),
         "Snapshot": _snapshot(),
         "History": _list(_reference("PastState"), "Its latest states, oldest first."),
         "Stats": _stats(),
+        "Events": _list(_event(), "What happened lately, oldest first."),
+        "Samples": _list(
+            {
+                "type": "object",
+                "description": "time_ms (ms since the epoch), fleet, and the counters as /stats has them",
+                "required": ["time_ms"],
+            },
+            "The last two hours, a sample every 10 s, oldest first.",
+        ),
         "Liveness": _object({"status": _string("ok, or which threads do not move"), "threads": moving}),
         "Readiness": _object({"status": _string("ready, or why not")}),
         "Version": _object({"version": _string("version of the gateway")}),
@@ -194,8 +261,10 @@ PARAMETERS = {
     for parameter in (
         Parameter("engine_id", "an engine's id, usually its URL", {"type": "string", "minLength": 1},
                   is_repeatable=True),
-        Parameter("status", "only engines of this status", {"type": "string", "enum": [LIVE, STALE]},
+        Parameter("status", "only engines of this status", {"type": "string", "enum": _STATUSES},
                   is_repeatable=True),
+        Parameter("phase", "only engines in this phase", {"type": "string"}, is_repeatable=True),
+        Parameter("since", "only what came from this time on, ms since the epoch", {"type": "integer", "minimum": 0}),
         Parameter("min_interval_ms", "ms in which the state of one engine is told once at most",
                   {"type": "integer", "minimum": 0, "maximum": MAX_INTERVAL_MS, "default": 0}),
         Parameter("engines", "no: the gateway's own metrics only",
