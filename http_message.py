@@ -51,6 +51,10 @@ class QueryError(Exception):
         self.status = status
 
 
+class StreamsFull(QueryError):
+    """There are as many readers of the stream as there may be; one who leaves makes room."""
+
+
 class BadRequest(QueryError):
     """A head that is no request that can be answered: the connection is closed after the error."""
 

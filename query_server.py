@@ -17,12 +17,13 @@ import selectors
 import socket
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from gzip_answers import MIN_GZIP_BYTES, GzipQueue
-from http_message import Answer, BadRequest, Request, ResponseHeads, Stream, accepts_gzip, error_answer
+from http_message import Answer, BadRequest, Request, ResponseHeads, Stream, StreamsFull, accepts_gzip, error_answer
 from log_throttle import LogThrottle
 from query_connection import RESERVE_CONNECTIONS, RESPONSE_DEADLINE_S, Connection, Phase, Places, TurnQueue
 from sockets import SocketLost, bind_anew, format_address
@@ -48,7 +49,7 @@ REJECTIONS = {
     "slow_request": "a request was not whole 10 s after its first byte",
     "slow_reader": "nothing of a stream, or not the whole of an answer, was taken for 30 s",
     "no_place": "every place for a connection was taken by others that were being answered",
-    "made_room": "a request that had begun was given up, because somebody else needed the place",
+    "made_room": "a request that had begun, or a stream of who has most, ended because another needed the place",
     "unread_answers": "more than 64 MiB of answers waited for slow readers, and this was the oldest",
     "unread_stream": "nothing of a stream was taken for 2 s while others waited for room",
     "no_descriptor": "the process or the system has no more descriptors or memory for connections",
@@ -59,7 +60,10 @@ class Application(Protocol):
     """What the server serves."""
 
     def respond(self, request: Request, network: str) -> Answer | Stream:
-        """Answer a request of that network, also one that cannot be answered; for one thread at a time."""
+        """Answer a request of that network, also one that cannot be answered; for one thread at a time.
+
+        Raises StreamsFull if a stream would have to end for it.
+        """
 
     def headers_for(self, request: Request) -> tuple[str, ...]:
         """Header lines that any answer to this request has, one that the server makes too."""
@@ -189,6 +193,14 @@ class StreamTurns:
     def discard(self, connection: Connection) -> None:
         """Remove one, if it is there."""
         self._connections.pop(connection, None)
+
+    def find_spare(self, network: str) -> Connection | None:
+        """The stream that ends for a new one of that network: of the network with most, if that has two more."""
+        counts = Counter(connection.network for connection in self._connections)
+        most = max(counts, key=lambda name: counts[name], default=network)
+        if counts[most] < counts[network] + 2:
+            return None
+        return next(connection for connection in self._connections if connection.network == most)
 
 
 @dataclass
@@ -551,7 +563,15 @@ class QueryServer:
                 self._counters.reject("unread_answers", f"peer={slowest.peer}")
                 self._close(slowest)
         try:
-            return self._application.respond(request, connection.network)
+            try:
+                return self._application.respond(request, connection.network)
+            except StreamsFull as error:
+                spare = self._streams.find_spare(connection.network)
+                if spare is None:
+                    return error_answer(error.status, str(error))
+                self._counters.reject("made_room", f"peer={spare.peer} for another address")
+                self._close(spare)
+                return self._application.respond(request, connection.network)
         except Exception:
             self._counters.record_bug(f"target={request.target!r}")
             return error_answer(500, "this question met an error in the gateway, which is in its log")

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import state_metrics as metrics
 from engine_state import quote_json
-from http_message import METHODS, Answer, QueryError, Request, error_answer, json_answer
+from http_message import METHODS, Answer, QueryError, Request, StreamsFull, error_answer, json_answer
 from openapi_document import openapi_document
 from query_route import MAX_INTERVAL_MS, Question, Route, decode, listed, parse_query
 from reader_access import ReaderAccess
@@ -128,7 +128,7 @@ class Query:
         return self._access.headers_for(request)
 
     def respond(self, request: Request, network: str = "") -> Answer | WatchReader:
-        """Answer a request that comes from a network, also one that cannot be answered."""
+        """Answer a request that comes from a network, also one that cannot be answered; raises StreamsFull."""
         if request.method == "OPTIONS":
             return Answer(204, b"", headers=(_ALLOW,))
         if self._access.needs_token and not self.is_probe(request):
@@ -140,6 +140,8 @@ class Query:
             return replace(not_allowed, headers=(_ALLOW,))
         try:
             return self.answer(request.target, request.header("last-event-id"))
+        except StreamsFull:
+            raise
         except QueryError as error:
             return error_answer(error.status, str(error))
 
@@ -187,7 +189,7 @@ class Query:
             question.last_event_id,
         )
         if reader is None:
-            raise QueryError(503, f"/watch has its {MAX_READERS} readers already; /engines can be asked instead")
+            raise StreamsFull(503, f"/watch has its {MAX_READERS} readers already; /engines can be asked instead")
         return reader
 
     def _snapshot(self, statuses: Container[str], engine_ids: Collection[str] = (), *, between: bytes = b"") -> Answer:

@@ -17,7 +17,7 @@ from unittest import mock
 
 import query_connection
 import query_server
-from http_message import MAX_REQUEST_LINE_BYTES, Answer, Request, Stream, error_answer
+from http_message import MAX_REQUEST_LINE_BYTES, Answer, Request, Stream, StreamsFull, error_answer
 from query_server import QueryServer
 from tests.harness import DEADLINE_S, FakeClock, wait_until
 
@@ -540,6 +540,27 @@ class SteppedNetworks(SteppedCase):
             client.send(b"Host: a\r\n\r\n")
             self.steps()
             self.assertEqual(client.response()[0], 200)
+
+    def test_streams_of_one_address_make_room_for_another(self) -> None:
+        """Until both have as many; and not for one more of its own."""
+        respond = self.server._application.respond
+
+        def at_most_four(request: Request, network: str) -> Answer | Stream:
+            if request.target == "/stream" and sum(stream.is_open for stream in STREAMS) >= 4:
+                raise StreamsFull(503, "full")
+            return respond(request, network)
+
+        STREAMS.clear()
+        self.server._application.respond = at_most_four  # type: ignore[method-assign]
+        statuses = []
+        with self.assertLogs("elrar.http", "WARNING"):
+            for host in ("127.0.0.2",) * 5 + ("127.0.0.3",) * 3 + ("127.0.0.2",):
+                client = self.connect(host).send(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n")
+                self.steps(1)
+                statuses.append((host[-1], client.response(head_only=True)[0]))
+        expected = [("2", 200)] * 4 + [("2", 503)] + [("3", 200)] * 2 + [("3", 503), ("2", 503)]
+        self.assertEqual(statuses, expected)
+        self.assertEqual(self.server.counters()["rejections"]["made_room"], 2)
 
     def test_networks_take_turns_in_being_answered(self) -> None:
         """However many connections of one address ask at once, another's question is second."""
