@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -107,7 +107,8 @@ class ReaderAccess:
         self.set_tokens(tokens)
         self._origins = frozenset(allowed_origins)
         self._clock = clock
-        self._guesses: dict[str, deque[float]] = {}  # by network: when it last sent wrong tokens
+        # By network: when it last sent wrong tokens. Those that were quiet for longest come first.
+        self._guesses: OrderedDict[str, deque[float]] = OrderedDict()
 
     @property
     def needs_token(self) -> bool:
@@ -140,10 +141,10 @@ class ReaderAccess:
     def _count_guess(self, network: str) -> float:
         """Note a wrong token, and say for how long its answer is held back."""
         now = self._clock()
-        guesses = self._guesses.pop(network, None) or deque(maxlen=MAX_GUESSES)
-        self._guesses[network] = guesses  # at the end; the first are those that are longest ago
+        guesses = self._guesses.setdefault(network, deque(maxlen=MAX_GUESSES))
+        self._guesses.move_to_end(network)
         if len(self._guesses) > MAX_GUESSERS:
-            del self._guesses[next(iter(self._guesses))]
+            self._guesses.popitem(last=False)
         is_guessing = len(guesses) == MAX_GUESSES and now - guesses[0] <= GUESSES_S
         guesses.append(now)
         return HELD_BACK_S if is_guessing else 0.0
