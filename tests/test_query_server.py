@@ -158,7 +158,8 @@ class ServerCase(unittest.TestCase):
 class Requests(ServerCase):
     """Plain requests, one after another on a connection."""
 
-    def test_keep_alive_and_pipelining_keep_the_order(self) -> None:
+    def test_pipelining(self) -> None:
+        """Answers come in the order of the requests, on a connection that stays."""
         client = self.connect()
         client.send(b"".join(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number for number in range(200)))
         for number in range(200):
@@ -166,7 +167,8 @@ class Requests(ServerCase):
             self.assertEqual((status, json.loads(body)), (200, {"target": f"/{number}"}))
             self.assertEqual((headers["connection"], headers["keep-alive"]), ("keep-alive", "timeout=650"))
 
-    def test_pipelined_requests_are_answered_after_the_client_s_last_byte_too(self) -> None:
+    def test_half_close(self) -> None:
+        """Whole requests are answered although the client has closed its side."""
         client = self.connect()
         client.send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
         client.sock.shutdown(socket.SHUT_WR)
@@ -174,13 +176,15 @@ class Requests(ServerCase):
             self.assertEqual(client.response()[0], 200)
         self.assertTrue(client.at_end())
 
-    def test_a_request_that_comes_byte_by_byte_is_answered(self) -> None:
+    def test_byte_by_byte(self) -> None:
+        """A request that drips in is answered."""
         client = self.connect()
         for byte in b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n":
             client.send(bytes([byte]))
         self.assertEqual(json.loads(client.response()[2]), {"target": "/slow"})
 
-    def test_head_is_get_without_the_body(self) -> None:
+    def test_head(self) -> None:
+        """HEAD is GET without the body."""
         client = self.connect()
         client.send(b"HEAD /x HTTP/1.1\r\nHost: a\r\n\r\nGET /x HTTP/1.1\r\nHost: a\r\n\r\n")
         _, head_headers, _ = client.response(head_only=True)
@@ -188,19 +192,22 @@ class Requests(ServerCase):
         self.assertEqual(head_headers, get_headers)
         self.assertEqual(int(head_headers["content-length"]), len(body))
 
-    def test_http_1_0_is_closed_unless_it_asks_otherwise(self) -> None:
+    def test_http_1_0(self) -> None:
+        """The connection is closed unless the reader asks otherwise."""
         client = self.connect().send(b"GET /x HTTP/1.0\r\n\r\n")
         self.assertEqual(client.response()[1]["connection"], "close")
         self.assertTrue(client.at_end())
         client = self.connect().send(b"GET /x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2)
         self.assertEqual([client.response()[1]["connection"] for _ in range(2)], ["keep-alive"] * 2)
 
-    def test_connection_close_is_kept_to(self) -> None:
+    def test_connection_close(self) -> None:
+        """A reader that says it wants no more is believed."""
         client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         self.assertEqual(client.response()[1]["connection"], "close")
         self.assertTrue(client.at_end())
 
-    def test_other_forms_that_are_requests(self) -> None:
+    def test_other_forms(self) -> None:
+        """Absolute targets, bare newlines and empty lines before a request are understood."""
         for request, target in (
             (b"GET http://host:1/x?y=1 HTTP/1.1\r\nHost: a\r\n\r\n", "/x?y=1"),
             (b"GET HTTP://host HTTP/1.1\r\nHost: a\r\n\r\n", "/"),
@@ -212,7 +219,8 @@ class Requests(ServerCase):
             with self.subTest(request):
                 self.assertEqual(self.ask(request)[2], {"target": target})
 
-    def test_a_large_answer_arrives_whole(self) -> None:
+    def test_large_answer(self) -> None:
+        """However little the sockets take at a time, all of it arrives."""
         status, _, body = self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n").response()
         self.assertEqual((status, body), (200, BIG))
 
@@ -256,25 +264,29 @@ class Refusals(ServerCase):
                 self.assertEqual(headers["content-type"], "application/json")
         self.assertEqual(self.ask(b"GET /fine HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
 
-    def test_a_request_line_may_be_as_long_as_is_said(self) -> None:
+    def test_longest_request_line(self) -> None:
+        """It may be as long as the error says."""
         line = b"GET /" + b"x" * (MAX_REQUEST_LINE_BYTES - 14) + b" HTTP/1.1"
         self.assertEqual(len(line), MAX_REQUEST_LINE_BYTES)
         for end in (b"\r\n", b"\n"):
             self.assertEqual(self.ask(line + end + b"Host: a" + end + end)[0], 200)
 
-    def test_a_body_is_never_taken_for_a_request(self) -> None:
+    def test_smuggled_request(self) -> None:
+        """What is in a body is never taken for a request."""
         smuggled = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
         for head in (b"Content-Length: %d" % len(smuggled), b"Transfer-Encoding: chunked"):
             client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n\r\n" + smuggled)
             self.assertEqual(json.loads(client.response()[2]), {"target": "/x"})
             self.assertTrue(client.at_end())
 
-    def test_an_error_of_the_answer_is_its_status(self) -> None:
+    def test_error_status(self) -> None:
+        """An error of the application is its status."""
         status, headers, body = self.ask(b"GET /error HTTP/1.1\r\nHost: a\r\n\r\n")
         self.assertEqual((status, body), (404, {"error": "<b>no</b>"}))
         self.assertEqual(headers["x-content-type-options"], "nosniff")
 
-    def test_a_bug_is_a_500_and_its_traceback_is_in_the_log(self) -> None:
+    def test_bug(self) -> None:
+        """An unexpected error is 500, and its traceback is in the log."""
         with self.assertLogs("elrar.http", "ERROR") as logged:
             self.assertEqual(self.ask(b"GET /bug HTTP/1.1\r\nHost: a\r\n\r\n")[0], 500)
         self.assertIn("ZeroDivisionError", logged.output[0])
@@ -283,7 +295,8 @@ class Refusals(ServerCase):
 class Deadlines(ServerCase):
     """A slow client has an absolute deadline, whatever it sends now and then."""
 
-    def test_a_reader_that_stops_reading_is_cut_off(self) -> None:
+    def test_stuck_reader(self) -> None:
+        """A reader that takes nothing more is cut off."""
         client = self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
         self.wait_requests(1)
         with self.assertLogs("elrar.http", "WARNING"):
@@ -291,7 +304,8 @@ class Deadlines(ServerCase):
             self.wait_connections(0)
         self.assertLess(len(client.file.read()), len(BIG))
 
-    def test_an_idle_connection_is_closed_in_silence(self) -> None:
+    def test_idle_timeout(self) -> None:
+        """An idle connection is closed when its time is over, without a warning."""
         client = self.connect().send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
         client.response()
         self.ask(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")  # the turn in which the first was answered is over now
@@ -339,7 +353,8 @@ class SteppedCase(unittest.TestCase):
 class SteppedDeadlines(SteppedCase):
     """The same, turn by turn."""
 
-    def test_a_header_byte_now_and_then_does_not_help(self) -> None:
+    def test_slow_request(self) -> None:
+        """A header byte now and then does not move the deadline."""
         client = self.connect().send(b"GET / HTTP/1.1\r\n")
         self.steps()
         with self.assertLogs("elrar.http", "WARNING"):
@@ -416,7 +431,8 @@ class Bounds(ServerCase):
 
     max_connections = 8
 
-    def test_idle_connections_make_room_for_new_ones(self) -> None:
+    def test_idle_connections_make_room(self) -> None:
+        """Those that have been idle for longest go first."""
         idle = [self.connect() for _ in range(8)]
         for client in idle:
             client.send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n").response()
@@ -426,7 +442,8 @@ class Bounds(ServerCase):
         self.assertLessEqual(self.server.connections, 8)
         self.assertTrue(idle[0].at_end())
 
-    def test_slow_requests_make_room_after_half_a_second(self) -> None:
+    def test_slow_requests_make_room(self) -> None:
+        """A request that was begun is given up, half a second later, for a new connection."""
         for _ in range(8):
             self.connect().send(b"GET / HTT")
         self.wait_connections(8)
@@ -435,7 +452,8 @@ class Bounds(ServerCase):
             self.assertEqual(self.ask(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
         self.assertRegex(said.output[0], r"peer=127\.0\.0\.1:[0-9]+")
 
-    def test_behind_slow_readers_there_is_503_but_health_is_answered(self) -> None:
+    def test_probes_behind_slow_readers(self) -> None:
+        """If every place is taken, others get 503, and probes are answered."""
         for number in range(8):
             self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
             self.wait_requests(number + 1)
@@ -446,7 +464,8 @@ class Bounds(ServerCase):
             for path in (b"/livez", b"/readyz"):
                 self.assertEqual(self.ask(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
 
-    def test_answers_that_nobody_reads_are_bounded_in_bytes(self) -> None:
+    def test_unread_answers(self) -> None:
+        """Answers that nobody reads are bounded in bytes."""
         with mock.patch("query_server.MAX_UNSENT_BYTES", 3 * len(BIG)), self.assertLogs("elrar.http", "WARNING"):
             for number in range(4):
                 self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -456,7 +475,7 @@ class Bounds(ServerCase):
             self.assertEqual(self.ask(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")[0], 200)
             self.assertLess(len(first.file.read()), len(BIG))
 
-    def test_a_flood_of_connections_that_ask_nothing_is_bounded(self) -> None:
+    def test_flood_of_idle_connections(self) -> None:
         """They make room for each other without a warning, and none counts as a rejection."""
         for _ in range(8):
             self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -480,7 +499,8 @@ class Networks(ServerCase):
         client = self.connect(host).send(b"GET " + target + b" HTTP/1.1\r\nHost: a\r\n\r\n")
         return client.response()[0]
 
-    def test_half_requests_of_one_address_make_room_at_once_for_another(self) -> None:
+    def test_half_requests_of_one_address(self) -> None:
+        """They make room at once for another address."""
         with self.assertLogs("elrar.http", "WARNING"):
             for _ in range(8):
                 self.connect("127.0.0.2").send(b"GET / HTT")
@@ -490,7 +510,8 @@ class Networks(ServerCase):
                 self.connect("127.0.0.2").send(b"GET / HTT")
         self.assertEqual(set(self.rejections()), {"made_room"})
 
-    def test_slow_readers_of_one_address_leave_the_reserve_to_others(self) -> None:
+    def test_slow_readers_of_one_address(self) -> None:
+        """They leave the reserve to others."""
         for number in range(8):
             self.connect("127.0.0.2").send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
             self.wait_requests(number + 1)
@@ -500,7 +521,7 @@ class Networks(ServerCase):
             self.assertEqual(self.ask_from("127.0.0.2"), 503)
         self.assertEqual(self.rejections(), {"no_place": 1})
 
-    def test_one_network_may_have_every_place_if_nobody_else_wants_one(self) -> None:
+    def test_a_proxy_may_have_every_place(self) -> None:
         """As a proxy's connections have, of which most are idle."""
         with self.assertNoLogs("elrar.http"):
             clients = [self.connect("127.0.0.2") for _ in range(8)]
@@ -527,7 +548,8 @@ class SteppedNetworks(SteppedCase):
         self.assertEqual(self.server.counters()["rejections"]["no_place"], 0)
         self.assertEqual(len(half), 8)
 
-    def test_what_others_begin_is_not_given_up_for_who_has_most(self) -> None:
+    def test_requests_of_small_networks_stay(self) -> None:
+        """What others begin is not given up for who has most."""
         honest = [self.connect("127.0.0.3").send(b"GET /honest HTTP/1.1\r\n") for _ in range(2)]
         self.steps()
         with self.assertLogs("elrar.http", "WARNING"):
@@ -696,7 +718,8 @@ class Streams(ServerCase):
     def tick(self) -> None:
         self.clock.move(query_server.STREAM_TICK_S)
 
-    def test_what_is_large_waits_until_those_who_take_nothing_are_cut_off(self) -> None:
+    def test_large_snapshots_wait_for_room(self) -> None:
+        """They wait until readers that take nothing are cut off."""
         stuck = [self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(2)]
         self.wait_requests(2)
         self.tick()
@@ -719,7 +742,7 @@ class Streams(ServerCase):
         self.assertTrue(STREAMS[2].is_open)
         del stuck
 
-    def test_it_goes_out_in_chunks_to_those_who_know_them_and_ends_with_the_last(self) -> None:
+    def test_chunks(self) -> None:
         """So that a reader with a buffer is given what has come, and can tell an end from a break."""
         client = self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
         self.wait_requests(1)
@@ -731,7 +754,8 @@ class Streams(ServerCase):
         self.server.refuse_new()
         self.assertEqual(response.read(), b"")
 
-    def test_http_1_0_is_given_the_stream_as_it_is(self) -> None:
+    def test_no_chunks_for_http_1_0(self) -> None:
+        """A reader that does not know chunks gets the stream as it is."""
         client = self.connect().send(b"GET /stream HTTP/1.0\r\n\r\n")
         self.wait_requests(1)
         self.tick()
@@ -742,7 +766,8 @@ class Streams(ServerCase):
         self.server.refuse_new()
         self.assertEqual(response.read(), b"")
 
-    def test_one_that_reads_slowly_is_not_cut_off(self) -> None:
+    def test_slow_reader_of_a_stream(self) -> None:
+        """One that goes on reading, however slowly, is not cut off."""
         slow = self.connect().send(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
         self.wait_requests(1)
         for _ in range(10):
