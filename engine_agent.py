@@ -988,6 +988,8 @@ class PhaseJudge:
 
     def proven(self, now: float, proof: Proof | None, load: Load) -> Statement | None:
         """The engine answered; `proof` is the last that there is, of which `load` is true."""
+        if self._waiting_since == -math.inf:
+            self._waiting_since = now  # who sees it for the first time needs a second look
         if proof is None or (self._proof is not None and proof.at <= self._proof.at):
             return self.unproven(now)
         self._proof, self._load, self._waiting_since = proof, load, proof.at
@@ -1000,7 +1002,7 @@ class PhaseJudge:
 
     def unproven(self, now: float) -> Statement | None:
         """Nothing new is proven: the engine does not answer, or nothing in it moved."""
-        if self._proof is None and self.phase in (None, STARTING):
+        if self._waiting_since == -math.inf:
             phase = STARTING
         elif now - self._waiting_since < self._stuck_after_s:
             return None
@@ -1900,6 +1902,8 @@ class VllmAdapter(Adapter):
     FULL_EVERY_S = 2.0
     STATIC = ("vllm:cache_config_info",)
     STATIC_EVERY_S = 10.0  # a kilobyte that hardly ever changes
+    # Its gauges go on for seconds after its core died, and read idle; /health knows.
+    HEALTH_EVERY_S = 1.0
 
     def __init__(self, client: EngineClient) -> None:
         super().__init__(client)
@@ -1914,6 +1918,7 @@ class VllmAdapter(Adapter):
         self._steps: dict[str, Counted | None] = {}  # of each rank, at the last look at all
         self.tracks_load: bool | None = None  # whether /load counts: known as soon as the engine is busy
         self._load_asked_at = -math.inf
+        self._health_asked_at = -math.inf
 
     def describe(self) -> None:
         """See Adapter."""
@@ -1941,12 +1946,21 @@ class VllmAdapter(Adapter):
             look = self._look(self._page(now), at())
             self._full_at = now
         idle = _is_idle(look)
+        if idle and now - self._health_asked_at >= self.HEALTH_EVERY_S:
+            self._health_asked_at = now
+            self._must_be_healthy()
         if self._must_ask_load(not idle, len(look.readings), now):
             look.in_flight = self._load()
             self._learn(not idle, look)
         self._idle = idle and not look.in_flight
         self._idle_look = look if self._idle and not look.asleep and look.in_flight == 0 else None
         return look
+
+    def _must_be_healthy(self) -> None:
+        status, _ = self.client.get("/health")
+        if status >= 500:
+            self._health_asked_at = -math.inf  # until it says something else, each look asks
+            raise NoAnswer(f"/health is answered with {status}")
 
     def _must_ask_load(self, busy: bool, ranks: int, now: float) -> bool:
         if self.tracks_load is False and now - self._load_asked_at < 60.0:
@@ -2061,7 +2075,7 @@ class SglangAdapter(Adapter):
     def __init__(self, client: EngineClient) -> None:
         super().__init__(client)
         self._page_size = 1
-        self._sleeps_on_idle: bool | None = None
+        self._sleeps_on_idle = False
 
     def describe(self) -> None:
         """See Adapter."""
@@ -2122,7 +2136,7 @@ class SglangAdapter(Adapter):
             if 0.0 <= age_s <= 5.0:  # of a host whose clock is ours
                 reading.proof = Proof(now.at - age_s, round(said_s * 1000))
             # With --sleep-on-idle a scheduler says so once a second, else all the time.
-            reading.idle_is_proof = self._sleeps_on_idle is not False and 0.0 <= age_s < 1.5
+            reading.idle_is_proof = self._sleeps_on_idle and 0.0 <= age_s < 1.5
         return reading
 
 
@@ -2425,6 +2439,7 @@ class EngineWatch:
     """Looks at one engine, whatever it is, again and again. For one thread."""
 
     DESCRIBE_EVERY_S = 60.0
+    FIND_EVERY_S = 1.0  # several questions, to whatever is there
 
     def __init__(self, client: EngineClient, clock: Clock = time.monotonic, wall_clock: Clock = time.time) -> None:
         self.adapter: Adapter | None = None
@@ -2432,6 +2447,7 @@ class EngineWatch:
         self._clock = clock
         self._wall_clock = wall_clock
         self._described_at = -math.inf
+        self._unknown: tuple[float, NoAnswer] | None = None  # when it was none that is known, and what was said
 
     def now(self) -> Proof:
         """The time, by both clocks."""
@@ -2441,7 +2457,7 @@ class EngineWatch:
         """Look once; raises NoAnswer."""
         try:
             if self.adapter is None:
-                self.adapter = find_adapter(self._client)
+                self.adapter = self._find()
                 self._described_at = -math.inf
             if self._clock() - self._described_at >= self.DESCRIBE_EVERY_S:
                 self._described_at = self._clock()
@@ -2449,6 +2465,17 @@ class EngineWatch:
             return self.adapter.look(self.now)
         except RefusedConnection:
             self.adapter = None  # what comes up there may be something else
+            raise
+
+    def _find(self) -> Adapter:
+        if self._unknown is not None and self._clock() - self._unknown[0] < self.FIND_EVERY_S:
+            raise self._unknown[1]
+        try:
+            return find_adapter(self._client)
+        except RefusedConnection:
+            raise
+        except NoAnswer as error:
+            self._unknown = (self._clock(), error)
             raise
 
 
@@ -2478,7 +2505,8 @@ class Sidecar:
         self._agent = Agent(settings, sender, forgiven_after_s=self.FORGIVEN_AFTER_S)
         self._keys = KeyWatch(settings, complaints)
         self._outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
-        self._found: str | None = None
+        self._model: str | None = None
+        self._engine = "unknown"
 
     def stop(self) -> None:
         """End it; may be called by a signal's handler."""
@@ -2487,14 +2515,17 @@ class Sidecar:
     def run(self, stop: threading.Event, seconds: float = math.inf) -> None:
         """Look and send until `stop` is set or the time is over, then say farewell."""
         end = time.monotonic() + seconds
+        patient_until = time.monotonic() + 1.0  # the first look finds out what it is, and takes its time
         threading.Thread(target=self._keep_looking, args=(stop,), name="elrar-look", daemon=True).start()
         while not stop.is_set() and time.monotonic() < end:
             try:
                 outcome = self._outcomes.get(timeout=max(0.0, min(self.PATIENCE_S, end - time.monotonic())))
             except queue.Empty:
-                self._identify()
-                self._agent.saw_nothing()
+                if time.monotonic() > patient_until:
+                    self._identify()
+                    self._agent.saw_nothing()
                 continue
+            patient_until = 0.0
             if outcome is None:
                 break
             self.take(outcome)
@@ -2535,14 +2566,14 @@ class Sidecar:
             self._agent.saw_nothing(answers=isinstance(outcome.error, NoNumbers))
 
     def _identify(self) -> None:
-        adapter = self._watch.adapter
         engine_id = self._agent.engine_id or default_engine_id(self._settings, self._sender)
-        model = adapter.model if adapter is not None else None
-        engine = f"{adapter.kind} {adapter.version}" if adapter is not None else "unknown"
-        if adapter is not None and engine_id is not None and self._found != engine:
-            self._found = engine
-            self._say(f"{engine} at {self._settings.engine_url} is reported as {engine_id}")
-        self._agent.identify(engine_id, model, engine)
+        adapter = self._watch.adapter
+        if adapter is not None:  # else what it was: also a farewell names the engine
+            self._model, engine = adapter.model, f"{adapter.kind} {adapter.version}"
+            if engine_id is not None and self._engine != engine:
+                self._engine = engine
+                self._say(f"{engine} at {self._settings.engine_url} is reported as {engine_id}")
+        self._agent.identify(engine_id, self._model, self._engine)
 
 
 def default_engine_id(settings: Settings, sender: Sender | Printer) -> str | None:
@@ -2821,6 +2852,8 @@ class StepWatch:
         self._clock = clock
         self._wall_clock = wall_clock
         self._ranks = {index: RankStats() for index in indexes}
+        # Of a server that has one rank, whatever number that has elsewhere.
+        self._only = self._ranks[self.indexes[0]] if len(self._ranks) == 1 else None
         self._asleep = (False, 0.0)
         self._woken_at: deque[float] = deque(maxlen=MOST_EXTRA_LOOKS)
         self._is_woken = False
@@ -2830,11 +2863,9 @@ class StepWatch:
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, engine_idx: Any) -> None:
         """Put a step's numbers down, and wake the agent's thread where they say something that cannot wait."""
-        rank = self._ranks.get(engine_idx)
+        rank = self._ranks.get(engine_idx) if self._only is None else self._only
         if rank is None:
-            if type(engine_idx) is not int or not 0 <= engine_idx < 65536:
-                return
-            rank = self._ranks[engine_idx] = RankStats()
+            return  # a rank that came later: vLLM makes no plugin for it either
         now = self._clock()
         busy = False
         if scheduler_stats is not None:
@@ -2875,7 +2906,7 @@ class StepWatch:
             if len(self._ranks) > 1:
                 by_rank = self.front_end.by_rank(self.indexes)
             dead = self.front_end.is_dead()
-        ranks = dict(self._ranks)
+        ranks = self._ranks
         stats = {index: rank.stats for index, rank in ranks.items() if rank.stats is not None}
         self._is_woken = False
         self._pending = self._pending_now = pending or 0
@@ -3157,7 +3188,7 @@ class PluginAgent:
         """Whether the server takes requests: the plugin is there half a second before its port is."""
         if not self._answers:
             self._answers = any(one.stats for one in summaries)  # it had some
-        if not self._answers and self._facts.port is not None:
+        if not self._answers and self._facts.port is not None and len(summaries) >= self._facts.servers:
             with contextlib.suppress(OSError), socket.create_connection((self._facts.host, self._facts.port), 0.5):
                 self._answers = True
         return self._answers

@@ -301,6 +301,11 @@ class Judging(unittest.TestCase):
         self.assertIsNone(self.judge.unproven(0.5))
         self.assertEqual(self.said(self.judge.unproven(1.0)), (STARTING, None))
 
+    def test_who_answers_and_was_never_proven_is_stuck_after_a_second_and_not_starting(self) -> None:
+        self.assertIsNone(self.judge.proven(0.0, None, BUSY))
+        self.assertIsNone(self.judge.unproven(0.5))
+        self.assertEqual(self.judge.proven(1.0, None, BUSY), (STUCK, UNKNOWN_LOAD, None))
+
     def test_each_proof_is_said_once(self) -> None:
         self.assertEqual(self.said(self.judge.proven(0.0, Proof(0.0, 5), BUSY)), (SERVING, 5))
         self.assertIsNone(self.judge.proven(0.2, Proof(0.0, 5), BUSY))
@@ -361,8 +366,8 @@ class Agents(unittest.TestCase):
         for turn in range(20):
             agent.saw(self.look(Reading(4, 0, marker=turn, rank=0), Reading(4, 0, marker=min(turn, 3), rank=1)))
         phases = [state["phase"] for state in self.sent.take()]
-        self.assertEqual(phases[:5], [STARTING, SERVING, SERVING, SERVING, STUCK])
-        self.assertEqual(set(phases[4:]), {STUCK})
+        self.assertEqual(phases[:4], [SERVING, SERVING, SERVING, STUCK])
+        self.assertEqual(set(phases[3:]), {STUCK})
 
     def test_ranks_are_told_apart_where_asked(self) -> None:
         agent = self.agent(DATA_PARALLEL="ranks")

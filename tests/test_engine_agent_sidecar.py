@@ -670,7 +670,7 @@ class Beside(unittest.TestCase):
         return [one for at, one in enumerate(phases) if at == 0 or one != phases[at - 1]]
 
     def test_busy_then_hung_then_busy(self) -> None:
-        self.assertEqual(self.looks(10, 8, 16), [STARTING, SERVING])
+        self.assertEqual(self.looks(10, 8, 16), [SERVING])
         self.assertEqual(self.looks(4, 8, 16, moves=False), [])
         self.assertEqual(self.looks(20, 8, 16, moves=False), [STUCK])
         self.assertEqual(self.looks(1, 8, 16), [SERVING])
@@ -785,12 +785,33 @@ class Beside(unittest.TestCase):
         self.assertTrue(stop.is_set())
 
     def test_outcomes_that_come_while_it_runs_are_taken(self) -> None:
-        outcomes = [self.sidecar.look() for _ in range(2)]
+        outcomes = [self.sidecar.look() for _ in range(2)]  # refused nowhere, and none of the engines that are known
         for outcome in (*outcomes, Outcome(None, NoAnswer("x")), None):
             self.sidecar._outcomes.put(outcome)
         with mock.patch.object(self.sidecar, "_keep_looking"):
             self.sidecar.run(threading.Event())
         self.assertEqual(self.said(), [STARTING, GONE])
+
+    def test_a_busy_engine_that_hung_before_it_was_seen_is_stuck_and_not_starting(self) -> None:
+        self.assertEqual(self.looks(5, 8, 16, moves=False), [])
+        self.assertEqual(self.looks(5, 8, 16, moves=False), [STUCK])
+
+    def test_a_vllm_whose_core_died_while_it_was_idle_is_not_idle(self) -> None:
+        """Its gauges go on for seconds, and read idle; /health says 503."""
+        self.looks(10, moves=False)
+        self.client.answers["/health"] = 503
+        self.looks(6, moves=False)
+        self.assertEqual(self.looks(10, moves=False), [STUCK])
+        del self.client.answers["/health"]
+        self.assertEqual(self.looks(2, moves=False), [SERVING])
+
+    def test_a_farewell_names_the_engine_too(self) -> None:
+        self.looks(3)
+        self.client.answers = {"/metrics/": RefusedConnection("no"), "/metrics": RefusedConnection("no")}
+        self.sent.take()
+        self.turn()
+        self.assertEqual({(one["phase"], one["engine"], one["model"]) for one in self.sent.take()},
+                         {(GONE, "vllm unknown", "tiny")})  # fmt: skip
 
 
 class Checking(unittest.TestCase):
