@@ -15,7 +15,7 @@ from unittest import mock
 
 import log_file
 from engine_state import FIELDS_JSON, parse_datagram
-from state_log import FLUSH_BYTES, MAX_PIECES_PER_WRITE, StateLog
+from state_log import FLUSH_BYTES, MAX_PIECES_PER_WRITE, LineBuffer, Lines, StateLog
 from tests.harness import FakeClock, datagram, fields, logged_states, read_log, wait_until
 
 WALL_S = 1755532567.5028431
@@ -60,7 +60,7 @@ class LogCase(unittest.TestCase):
         return [state["pending_tokens_total"] for path in paths for state in logged_states(path)]
 
 
-class Lines(LogCase):
+class WrittenLines(LogCase):
     """One whole JSON document a line, in the shape that people have tools for."""
 
     def test_a_state_is_a_line_with_receipt_and_source(self) -> None:
@@ -299,6 +299,57 @@ class Followed(LogCase):
             log.step()
             log.step()
         self.assertEqual(opened.call_count, 1)
+
+
+class Buffers(unittest.TestCase):
+    """The buffer is bounded, counts what it drops, and says when it is time to write."""
+
+    LINES = b"x" * 999 + b"\n"
+
+    def test_full_buffer_drops_and_counts(self) -> None:
+        buffer = LineBuffer(3000)
+        for _ in range(5):
+            buffer.append(Lines(self.LINES, 7))
+        self.assertEqual((len(buffer.remove_waiting()), buffer.dropped), (2, 21))
+
+    def test_room_comes_back_when_lines_are_written_and_not_before(self) -> None:
+        buffer = LineBuffer(3000)
+        first, second = Lines(self.LINES, 1), Lines(self.LINES, 1)
+        buffer.append(first)
+        buffer.append(second)
+        buffer.remove_waiting()
+        buffer.append(Lines(self.LINES, 1))
+        self.assertEqual(buffer.dropped, 1)
+        buffer.note_written(first.memory, 1)
+        buffer.append(Lines(self.LINES, 1))
+        self.assertEqual(buffer.dropped, 1)
+
+    def test_event_is_never_dropped(self) -> None:
+        buffer = LineBuffer(0)
+        buffer.append(Lines(self.LINES, 0))
+        self.assertEqual((len(buffer.remove_waiting()), buffer.dropped), (1, 0))
+
+    def test_due_once_per_flush(self) -> None:
+        buffer = LineBuffer(1 << 30)
+        due = [buffer.append(Lines(b"x" * (FLUSH_BYTES // 2), 1)) for _ in range(5)]
+        self.assertEqual(due, [False, True, False, False, False])
+        buffer.remove_waiting()
+        self.assertEqual([buffer.append(Lines(b"x" * (FLUSH_BYTES // 2), 1)) for _ in range(2)], [False, True])
+
+    def test_closed_buffer_counts_the_rest(self) -> None:
+        buffer = LineBuffer(1 << 20)
+        buffer.append(Lines(self.LINES, 5))
+        buffer.note_written(0, 2)
+        self.assertEqual(buffer.close(), 3)
+        buffer.append(Lines(self.LINES, 4))
+        self.assertEqual(buffer.dropped, 7)
+        self.assertEqual(buffer.close(), 0)
+
+    def test_unfinished_line_begins_again(self) -> None:
+        lines = Lines(b"abc\ndef\nghi\n", 3, offset=6)
+        self.assertEqual(lines.begun, 2)
+        lines.back_to_line_start()
+        self.assertEqual((lines.offset, lines.begun), (4, 0))
 
 
 class FullDisk:
