@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ class FakeClock:
 
     def move(self, seconds: float) -> None:
         self.now += seconds
+
+
+class FolderCase(unittest.TestCase):
+    """A test with a temporary folder of its own."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
 
 
 def wait_until(what: str, happened: Callable[[], Any]) -> Any:

@@ -30,6 +30,7 @@ from tests.harness import (
     TOP,
     Answer,
     Daemon,
+    FolderCase,
     again_and_again,
     datagram,
     free_port,
@@ -44,11 +45,9 @@ LONG = bool(os.environ.get("STATE_GATEWAY_LONG_TESTS"))
 MEMORY_BOUND = 200 * 1024 * 1024
 
 
-class FaultCase(unittest.TestCase):
+class FaultCase(FolderCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         self.log = self.folder / "engine_states.jsonl"
 
     def start(self, prefix: tuple[str, ...] = (), stdout: int = subprocess.DEVNULL, **settings: object) -> Daemon:

@@ -9,12 +9,10 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unittest
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +24,7 @@ from tests.harness import (
     DEADLINE_S,
     TOP,
     FakeClock,
+    FolderCase,
     ask,
     clean_environment,
     datagram,
@@ -40,11 +39,9 @@ from tests.test_state_query import parse_metrics
 LOOPBACK = {"BIND_ADDRESS": "127.0.0.1", "UDP_PORT": 0, "STALE_THRESHOLD": 600_000}  # nobody goes stale meanwhile
 
 
-class GatewayCase(unittest.TestCase):
+class GatewayCase(FolderCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         self.log_file = self.folder / "states.jsonl"
 
     def config(self, **settings: object) -> Any:

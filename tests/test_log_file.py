@@ -20,14 +20,12 @@ from typing import Any
 from unittest import mock
 
 from log_file import LogFile, LogInUse, LogTarget, StandardStream, standard_stream
-from tests.harness import DEADLINE_S, TOP, FakeClock, wait_until
+from tests.harness import DEADLINE_S, TOP, FakeClock, FolderCase, wait_until
 
 
-class FileCase(unittest.TestCase):
+class FileCase(FolderCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         self.path = self.folder / "states.jsonl"
         self.clock = FakeClock()
 

@@ -9,10 +9,8 @@ import select
 import shutil
 import socket
 import subprocess
-import tempfile
 import unittest
 from collections.abc import Sequence
-from pathlib import Path
 from unittest import mock
 
 from sockets import (
@@ -26,7 +24,17 @@ from sockets import (
     open_tcp_sockets,
     open_udp_sockets,
 )
-from tests.harness import DEADLINE_S, Daemon, Namespace, datagram, free_port, gateway_command, ipv6_works, wait_until
+from tests.harness import (
+    DEADLINE_S,
+    Daemon,
+    FolderCase,
+    Namespace,
+    datagram,
+    free_port,
+    gateway_command,
+    ipv6_works,
+    wait_until,
+)
 
 
 class Names(unittest.TestCase):
@@ -161,15 +169,13 @@ class Destroyed(unittest.TestCase):
 
 
 @unittest.skipIf(Namespace.why_not(), Namespace.why_not())
-class InANamespace(unittest.TestCase):
+class InANamespace(FolderCase):
     """The daemon on a host of its own."""
 
     def setUp(self) -> None:
         self.host = Namespace()
         self.addCleanup(self.host.close)
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
 
     def start(self, **settings: object) -> Daemon:
         merged = {"LOG_FILE": self.folder / "states.jsonl", **settings}

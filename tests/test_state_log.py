@@ -16,7 +16,7 @@ from unittest import mock
 import log_file
 from engine_state import FIELDS_JSON, parse_datagram
 from state_log import FLUSH_BYTES, MAX_PIECES_PER_WRITE, LineBuffer, Lines, StateLog
-from tests.harness import FakeClock, datagram, fields, logged_states, read_log, wait_until
+from tests.harness import FakeClock, FolderCase, datagram, fields, logged_states, read_log, wait_until
 
 WALL_S = 1755532567.5028431
 
@@ -27,11 +27,9 @@ def append(log: StateLog, *states: Mapping[str, object]) -> None:
     log.append(WALL_S, texts, [b'"172.17.0.3:40000"'] * len(texts))
 
 
-class LogCase(unittest.TestCase):
+class LogCase(FolderCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        super().setUp()
         self.path = self.folder / "states.jsonl"
         self.clock = FakeClock()
 

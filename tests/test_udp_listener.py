@@ -9,10 +9,8 @@ import logging
 import os
 import re
 import socket
-import tempfile
 import threading
 import unittest
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,24 +19,23 @@ from intake_progress import LOW_LATENCY_DELAY_S, MAX_DELAY_S, RATE_WINDOW_S
 from sockets import SocketLost, open_udp_sockets
 from state_log import StateLog
 from state_store import Batch, StateStore
-from tests.harness import DEADLINE_S, FakeClock, datagram, heartbeat, ipv6_works, logged_states, wait_until
+from tests.harness import DEADLINE_S, FakeClock, FolderCase, datagram, heartbeat, ipv6_works, logged_states, wait_until
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import MAX_BATCHES_PER_STEP, UdpListener, is_allowed
 from udp_receiver import MAX_BATCH_DATAGRAMS, PortableReceiver
 
 
-class ListenerCase(unittest.TestCase):
+class ListenerCase(FolderCase):
     log: StateLog
     portable = False
 
     def setUp(self) -> None:
+        super().setUp()
         if self.portable:
             patched = mock.patch("udp_listener.make_receiver", PortableReceiver)
             patched.start()
             self.addCleanup(patched.stop)
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.log_path = Path(folder.name) / "states.jsonl"
+        self.log_path = self.folder / "states.jsonl"
         self.clock = FakeClock()
         self.store = StateStore(2000, 6000, 1000, 10, clock=self.clock)
 
