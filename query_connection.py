@@ -314,7 +314,7 @@ class Places:
 
     def may_use_reserve(self, network: str) -> bool:
         """Whether any question of this network is answered from the reserve: it has few places, another has most."""
-        most = max(map(len, self._by_network.values()), default=0)
+        most = max((len(places) for name, places in self._by_network.items() if name != network), default=0)
         own = len(self._by_network.get(network, ()))
         return own <= MAX_RESERVE_PER_NETWORK and most > self.max_connections // 2
 
@@ -323,18 +323,21 @@ class Places:
 
         First those of networks that have more than an equal share, the largest first. In a network: those that never
         asked anything, then those that have been idle for longest, then the slowest in the middle of asking - but not
-        one that began just now, if the new one's own network is no smaller.
+        one that began just now, unless its network is larger, and never one of a network that is smaller.
         """
         if self._ranked is None:
             self._ranked = self._rank()
         began_just_now = now + REQUEST_DEADLINE_S - BEGUN_IS_SPARED_S
-        own = self._count if network is None else len(self._by_network.get(network, ()))
+        own = 0 if network is None else len(self._by_network.get(network, ()))
         for connection in self._ranked:
             if connection.phase not in _UNFINISHED or connection.is_reserve is not reserve:
                 continue
-            is_spared = connection.phase is Phase.READING and connection.deadline > began_just_now
-            if not is_spared or len(self._by_network[connection.network]) > own + 1:
-                return connection
+            if connection.phase is Phase.READING:
+                size = len(self._by_network[connection.network])
+                is_larger = network is not None and size > own + 1
+                if size < own or (connection.deadline > began_just_now and not is_larger):
+                    continue
+            return connection
         return None
 
     def forget_ranking(self) -> None:

@@ -379,9 +379,7 @@ class QueryServer:
             if connection.phase is Phase.READING:
                 self._counters.reject("slow_request", f"peer={connection.peer}")
             elif connection.phase in (Phase.WRITING, Phase.STREAMING):
-                if (
-                    connection in active
-                ):  # it takes something, and may have been kept from it by a pause of this process
+                if connection in active:  # it takes something; a pause of this process may have kept it from that
                     connection.deadline = judged_at + LATE_READER_S
                     continue
                 self._counters.reject("slow_reader", f"peer={connection.peer}")

@@ -584,6 +584,22 @@ class SteppedNetworks(SteppedCase):
         self.assertEqual(statuses, expected)
         self.assertEqual(self.server.counters()["rejections"]["made_room"], 2)
 
+    def test_small_networks_are_not_robbed(self) -> None:
+        """A request that a small network has begun stays, however many whole ones a large network has."""
+        slow = self.connect("127.0.0.3").send(b"GET /x HTTP/1.1\r\n")
+        for _ in range(7):
+            self.connect("127.0.0.2").send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.steps()
+        with self.assertLogs("elrar.http", "WARNING"):
+            for _ in range(5):
+                self.clock.move(1.0)
+                client = self.connect("127.0.0.2").send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+                self.steps()
+                self.assertEqual(client.response()[0], 503)
+        slow.send(b"Host: a\r\n\r\n")
+        self.steps()
+        self.assertEqual(slow.response()[0], 200)
+
     def test_networks_take_turns_in_being_answered(self) -> None:
         """However many connections of one address ask at once, another's question is second."""
         order = []
