@@ -35,7 +35,14 @@ class PauseMeter:
     Pauses are noticed between `start` and `stop`, while there are loops that ask for the time.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        on_pause: Callable[[float], object] = lambda length_s: None,
+    ) -> None:
+        """`on_pause` is told how many seconds each pause took, in the thread that noticed it."""
+        self._on_pause = on_pause
         self._clock = clock
         self._is_started = False
         self._asked_at = clock()  # without the lock: threads may set it back by the moment that they lag behind
@@ -84,6 +91,7 @@ class PauseMeter:
             self.held_up_s += length
             self._notice.record("seconds=%.1f", length)
             line = self._notice.take_due()
+        self._on_pause(length)
         if line is not None:
             logger.warning("%s", line)
 

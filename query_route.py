@@ -34,6 +34,13 @@ class Question:
             raise QueryError(400, "exactly one engine_id is needed, as in ?engine_id=http%3A%2F%2Fhost%3A8000")
         return self.engine_ids()[0]
 
+    def since_ms(self) -> int:
+        """The value of `since`, 0 if it is not given; raises QueryError if it is no time."""
+        since = self.parameters.get("since", ("0",))
+        if len(since) != 1 or not re.fullmatch("[0-9]{1,16}", since[0]):
+            raise QueryError(400, "since is a time_ms: a whole number of milliseconds since the epoch")
+        return int(since[0])
+
     def among(self, name: str, values: tuple[str, ...]) -> list[str]:
         """The values of a parameter that has to be one of a few; raises QueryError if one is not."""
         wanted = self.parameters.get(name, [])

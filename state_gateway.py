@@ -19,6 +19,9 @@ from bound_ports import BoundPorts
 from component_thread import Component, ThreadGroup, memory_reserve
 from config import MODES, Config, ConfigError
 from engine_state import EngineState
+from fleet_events import GATEWAY_STARTED, PAUSED, FleetEvents
+from fleet_samples import FleetSamples
+from fleet_summary import fleet_document
 from gateway_counters import FINAL_COUNTERS, section
 from late_query_server import LateQueryServer
 from log_file import standard_stream
@@ -66,17 +69,20 @@ class StateGateway:
         self.config = config
         self._embedded = embedded
         self._own_log_dropped = own_log_dropped
-        self._clock = clock = PauseMeter(clock)
+        self._events = FleetEvents(clock=clock, wall_clock=wall_clock)
+        self._clock = clock = PauseMeter(clock, on_pause=self._note_pause)
         self._wall_clock = wall_clock
         self._instance = secrets.token_hex(8)
         self._started_at = clock()
         self._threads = ThreadGroup(on_death or self._shut_down_after_death)
         self._ports = BoundPorts(config, embedded=embedded)
+        self._samples = FleetSamples(self.get_stats, clock=clock, wall_clock=wall_clock)
         self._store = StateStore(
             config.stale_threshold_ms,
             config.expire_after_ms,
             config.max_engines,
             config.history,
+            events=self._events,
             clock=clock,
             judged_at=clock.judged_at,
         )
@@ -110,11 +116,12 @@ class StateGateway:
             allowed_sources=config.allowed_sources,
             low_latency=self._embedded,
             watermark_readers=[self._clock.note_taken],
+            events=self._events,
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
         opened.callback(self._listener.close_descriptors)
-        reaper = Reaper(self._store, config.expire_after_ms, clock=self._clock)
+        reaper = Reaper(self._store, config.expire_after_ms, after_sweep=self._samples.take_due, clock=self._clock)
         add = self._threads.add  # in the order in which they are stopped
         add("udp-listener", self._listener, stuck_after_s=STUCK_AFTER_S, stop_timeout_s=1.5)
         add("reaper", reaper, stuck_after_s=STUCK_AFTER_S, stop_timeout_s=0.3)
@@ -143,6 +150,7 @@ class StateGateway:
             self._absolute_log_path(),
             config.log_max_bytes,
             config.log_backups,
+            events=self._events,
             clock=self._clock,
             wall_clock=self._wall_clock,
         )
@@ -171,6 +179,8 @@ class StateGateway:
         """Start every thread; everything is open by now."""
         self._clock.start()
         try:
+            self._events.record(GATEWAY_STARTED, message=self.describe())
+            self._samples.take_due()
             self._threads.start()
         except (RuntimeError, MemoryError) as error:
             memory_reserve.release()
@@ -302,14 +312,15 @@ class StateGateway:
         """The document of /stats; the counters of datagrams are of one moment and add up. Also after `shutdown`."""
         counters = self._store.counters()
         del counters["accepted"]  # what is left of valid_states
-        live, total = self._store.counts()
+        fleet = fleet_document(self._store.views())
         log = LogCounters() if self._log is None else self._log.counters()
         mode = self.config.network_mode
         return {
             **self._identity(),
             "uptime_s": round(self._clock() - self._started_at, 3),
-            "active_engines": live,
-            "total_engines": total,
+            "active_engines": fleet["live"],
+            "total_engines": fleet["live"] + fleet["unavailable"] + fleet["stale"],
+            "fleet": fleet,
             **{each.counter: counters["total_received"] if each.name == mode else 0 for each in MODES.values()},
             **counters,
             "receive_buffer_bytes": self._ports.receive_buffer_bytes,
@@ -323,6 +334,7 @@ class StateGateway:
             "watch": section("watch", self._watch),
             "held_up_ms": int(self._clock.held_up_s * 1000),
             "own_log_dropped": self._own_log_dropped(),
+            "rejected_samples": self._listener.rejected_samples(),
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -335,6 +347,17 @@ class StateGateway:
             "http_port": self.http_port,
             "stale_threshold_ms": self.config.stale_threshold_ms,
         }
+
+    def _note_pause(self, length_s: float) -> None:
+        self._events.record(PAUSED, message=f"the gateway itself stood still for {length_s:.1f} s")
+
+    def get_events(self, since_ms: int = 0) -> list[dict[str, Any]]:
+        """The document of /events, from a time on, in ms since the epoch."""
+        return self._events.documents(since_ms)
+
+    def samples_json(self, since_ms: int = 0) -> bytes:
+        """The document of /samples, likewise, as JSON text."""
+        return self._samples.json_text(since_ms)
 
     def snapshot_header(self) -> dict[str, Any]:
         """What heads the document of /engines."""

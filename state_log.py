@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fleet_events import LOG_RECOVERED, LOG_TROUBLE, FleetEvents
 from log_file import make_log_target
 from log_throttle import LogThrottle
 from wake_up import WakeUp
@@ -116,8 +117,9 @@ class LineBuffer:
 class Trouble:
     """A log that cannot be written: tried again every second, and logged once until it works again."""
 
-    def __init__(self, name: str, buffer_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, buffer_bytes: int, events: FleetEvents, clock: Callable[[], float]) -> None:
         self._name = name
+        self._events = events
         self._clock = clock
         self._retry_at = clock()
         self._is_failing = False
@@ -142,6 +144,7 @@ class Trouble:
         """The first try has failed, and the caller has logged it."""
         self._retry_at = self._clock() + RETRY_INTERVAL_S
         self._is_failing = self._is_logged = True
+        self._events.record(LOG_TROUBLE, message="cannot open the state log")
 
     def failed(self, error: OSError) -> None:
         """A try has failed."""
@@ -149,12 +152,17 @@ class Trouble:
         if not self._is_failing:
             self._is_failing = True
             self._notice.record("%s", error)
+            self._events.record(LOG_TROUBLE, message=f"cannot write the state log: {error}")
         if not self._is_logged:
             self._is_logged = self._notice.flush()
 
     def worked(self, dropped: int) -> None:
         """A try has worked; so many states were dropped since the start."""
-        self._is_failing = False
+        if self._is_failing:
+            self._is_failing = False
+            self._events.record(
+                LOG_RECOVERED, message=f"writing the state log again, dropped since the start: {dropped}"
+            )
         if self._is_logged:
             self._is_logged = False
             logger.warning("writing the state log again file=%s dropped=%d", self._name, dropped)
@@ -174,6 +182,7 @@ class StateLog:
         backups: int,
         *,
         buffer_bytes: int = BUFFER_BYTES,
+        events: FleetEvents | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -188,7 +197,9 @@ class StateLog:
         self._unwritten: deque[Lines] = deque()
         self._written = 0
         self._errors = 0
-        self._trouble = Trouble(self._target.name, buffer_bytes, clock)
+        self._trouble = Trouble(
+            self._target.name, buffer_bytes, FleetEvents(clock=clock) if events is None else events, clock
+        )
         self.last_progress_at = clock()  # monotonic
 
     @property

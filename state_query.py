@@ -76,6 +76,12 @@ class Gateway(Protocol):
     def get_stats(self) -> dict[str, Any]:
         """The document of /stats."""
 
+    def get_events(self, since_ms: int = 0) -> list[dict[str, Any]]:
+        """The document of /events, from a time on, in ms since the epoch."""
+
+    def samples_json(self, since_ms: int = 0) -> bytes:
+        """The document of /samples, likewise, as JSON text."""
+
     def snapshot_header(self) -> dict[str, Any]:
         """What heads the document of /engines: instance, uptime_ms, time_ms, stale_threshold_ms."""
 
@@ -245,6 +251,12 @@ class Query:
         self._gateway.catch_up()
         return json_answer(self._gateway.get_stats())
 
+    def _events(self, question: Question) -> Answer:
+        return json_answer(self._gateway.get_events(question.since_ms()))
+
+    def _samples(self, question: Question) -> Answer:
+        return Answer(200, self._gateway.samples_json(question.since_ms()) + b"\n")
+
     def _metrics(self, question: Question) -> Answer:
         wanted = question.among("engines", ("yes", "no"))
         self._gateway.catch_up()
@@ -286,6 +298,8 @@ ROUTES = (
     Route("/history", Query._history, "the same, for readers behind a proxy that decodes paths", ("engine_id",),
           required=("engine_id",), schema="History"),
     Route("/stats", Query._stats, "counters, settings in effect, losses of the log and the kernel", schema="Stats"),
+    Route("/events", Query._events, "what happened lately, oldest first", ("since",), schema="Events"),
+    Route("/samples", Query._samples, "the last two hours, a sample every 10 s", ("since",), schema="Samples"),
     Route("/metrics", Query._metrics, "the same and every engine, in Prometheus' text format", ("engines",),
           media_type=_METRICS),
     Route("/livez", Query._livez, "whether every thread is alive and moving", None, schema="Liveness", is_probe=True),

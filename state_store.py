@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from engine_state import HEARTBEAT_MARK, MARK_TEXT, EngineState, FieldTexts, is_heartbeat, quote_json, unquote_json
+from fleet_events import APPEARED, CAME_BACK, REMOVED, WENT_STALE, EventNotes, FleetEvents
 from gateway_counters import ACCEPTED, DUPLICATE, HEARTBEAT, OUT_OF_ORDER, REJECTED_CAPACITY, DatagramCounters
 from log_throttle import LogThrottle
 from staleness import LIVE, STALE, Freshness, age_ms, ages_ms
@@ -128,21 +129,46 @@ class _Engine:
         self.stale_logged = False
 
 
-class _LifeLog:
-    """Lines of the daemon's own log about the lives of engines.
+class _LifeEvent:
+    """One kind of event in the lives of engines: a line of the daemon's own log, and an event at /events."""
 
-    Counted under the store's lock, and logged without it.
-    """
+    def __init__(self, kind: str, what: str, notes: EventNotes, clock: Callable[[], float]) -> None:
+        self.what = what
+        self.throttle = LogThrottle(logger, logging.INFO, what, clock=clock)
+        self._kind = kind
+        self._notes = notes
+
+    def record(self, example: str, engine_id: str) -> None:
+        """Note that it happened to an engine; `example` is the pattern of what the log says of it."""
+        self.throttle.record(example, engine_id)
+        self._notes.note(self._kind, engine_id)
+
+
+class _LifeLog:
+    """What is told of the lives of engines. Noted under the store's lock; logged, and made events, without it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.appeared, self.went_stale, self.came_back, self.removed = self._all = [
-            LogThrottle(logger, logging.INFO, what, clock=clock)
-            for what in ("engine appeared", "engine went stale", "engine came back", "engine removed")
-        ]
+        self.notes = EventNotes()
+        self._by_kind = {
+            kind: _LifeEvent(kind, what, self.notes, clock)
+            for kind, what in (
+                (APPEARED, "engine appeared"),
+                (WENT_STALE, "engine went stale"),
+                (CAME_BACK, "engine came back"),
+                (REMOVED, "engine removed"),
+            )
+        }
+        self.appeared, self.went_stale, self.came_back, self.removed = self._by_kind.values()
 
     def take_due(self) -> list[str]:
         """The lines to log now."""
-        return [line for line in [throttle.take_due() for throttle in self._all] if line is not None]
+        lines = [event.throttle.take_due() for event in self._by_kind.values()]
+        return [line for line in lines if line is not None]
+
+    def tell(self, noted: Iterable[tuple[str, str, int | None, int]], events: FleetEvents) -> None:
+        """Make events of what was noted."""
+        for kind, engine_id, time_ms, count in noted:
+            events.record(kind, engine_id, self._by_kind[kind].what, time_ms=time_ms, count=count)
 
 
 class _ChangeFeed:
@@ -205,10 +231,12 @@ class StateStore:
         max_engines: int,
         history: int,
         *,
+        events: FleetEvents | None = None,
         clock: Callable[[], float] = time.monotonic,
         judged_at: Callable[[float], float] = lambda now: now,
     ) -> None:
-        """`judged_at`: see Freshness."""
+        """`events` is where the lives of engines are told; `judged_at`: see Freshness."""
+        self._events = FleetEvents(clock=clock) if events is None else events
         self.freshness = Freshness(stale_threshold_ms, expire_after_ms, judged_at)
         self._max_engines = max_engines
         self._history = history
@@ -334,9 +362,10 @@ class StateStore:
                     self._life_log.went_stale.record("%r", engine.engine_id)
             self._counters.add("expired_engines", removed)
             self._feed.expire()
-            lines = self._life_log.take_due()
+            lines, noted = self._life_log.take_due(), self._life_log.notes.take()
         for line in lines:
             logger.info("%s", line)
+        self._life_log.tell(noted, self._events)
         return removed
 
     def _remove(self, engine: _Engine) -> None:
@@ -446,8 +475,17 @@ class StateStore:
 class Reaper:
     """Sweeps the store every so often; the gateway gives it its thread."""
 
-    def __init__(self, store: StateStore, expire_after_ms: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: StateStore,
+        expire_after_ms: int,
+        *,
+        after_sweep: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`after_sweep` is called in its thread, every half second at least."""
         self._store = store
+        self._after_sweep = after_sweep
         self._period_s = min(0.5, max(0.02, expire_after_ms / 10_000))
         self._clock = clock
         self._stopping = False
@@ -462,6 +500,7 @@ class Reaper:
                 return
             self.last_progress_at = self._clock()
             self._store.sweep()
+            self._after_sweep()
 
     def stop(self) -> None:
         """Make `run` return; from any thread, twice is harmless."""

@@ -25,10 +25,12 @@ from engine_state import (
     quote_json,
     unquote_json,
 )
-from gateway_counters import ACCEPTED, REJECTED_CAPACITY, UNLOGGED
+from fleet_events import KERNEL_DROPS, FleetEvents
+from gateway_counters import ACCEPTED, REJECTED_CAPACITY, REJECTED_SOURCE, UNLOGGED
 from intake_progress import Pacing, ReadBarrier, Watermark
 from kernel_drops import KernelDrops
 from log_throttle import LogThrottle
+from rejected_samples import RejectedSamples
 from sockets import SocketLost, bind_anew, format_address, granted_receive_buffer
 from state_log import StateLog
 from state_store import Batch, StateStore
@@ -84,7 +86,7 @@ class _Inlet:
 class _Notices:
     """What the listener says of datagrams that were not taken, and of trouble with the sockets."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, events: FleetEvents, clock: Callable[[], float]) -> None:
         def warn_of(what: str) -> LogThrottle:
             return LogThrottle(logger, logging.WARNING, what, clock=clock)
 
@@ -97,11 +99,14 @@ class _Notices:
         )
         self.errors = warn_of("receiving met errors, and goes on;")
         self._kernel_drops_noted = 0
+        self._events = events
 
     def flush(self, kernel_dropped: int) -> None:
         """Write the lines that are due; `kernel_dropped` in all."""
         if kernel_dropped > self._kernel_drops_noted:
-            self.kernel_drops.record(count=kernel_dropped - self._kernel_drops_noted)
+            dropped = kernel_dropped - self._kernel_drops_noted
+            self.kernel_drops.record(count=dropped)
+            self._events.record(KERNEL_DROPS, message=f"the kernel dropped {dropped} datagrams")
             self._kernel_drops_noted = kernel_dropped
         for notice in (self.invalid, self.source, self.capacity, self.kernel_drops, self.errors):
             notice.flush()
@@ -123,12 +128,14 @@ class UdpListener:
         allowed_sources: Sequence[Network] = (),
         low_latency: bool = False,
         watermark_readers: Sequence[Callable[[float], None]] = (),
+        events: FleetEvents | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """`low_latency`: the store is read without `catch_up`, so that datagrams must not wait for long.
 
         `watermark_readers`, besides the store, are told up to when everything that had arrived has been taken.
+        `events` is where dropped datagrams are told.
         """
         self._inlets = {sock.fileno(): _Inlet(sock, sock.getsockname(), make_receiver(sock)) for sock in sockets}
         self._store = store
@@ -149,7 +156,8 @@ class UdpListener:
         room = min(granted) / 4 / MAX_CHARGE_BYTES  # a quarter of what certainly fits
         self._pacing = Pacing(room, clock(), lambda: low_latency or store.has_subscriber)
         self._drops = KernelDrops(sockets)
-        self._notices = _Notices(clock)
+        self._notices = _Notices(FleetEvents(clock=clock) if events is None else events, clock)
+        self._rejected = RejectedSamples()
         self.last_progress_at = clock()  # monotonic; written by the listener's thread only
 
     def run(self) -> None:
@@ -277,7 +285,9 @@ class UdpListener:
                 taken.append(datagram)
                 sources.append(source)
         batch.rejected_source += len(refused)
-        self._notices.source.record("%s", format_address(*unpack_address(refused[0])), count=len(refused))
+        stranger = format_address(*unpack_address(refused[-1]))
+        self._notices.source.record("%s", stranger, count=len(refused))
+        self._rejected.keep(REJECTED_SOURCE, batch.received_s, quote_json(stranger).encode())
         if logger.isEnabledFor(logging.DEBUG):
             for address in refused:
                 logger.debug("datagram rejected_source source=%s", format_address(*unpack_address(address)))
@@ -297,6 +307,7 @@ class UdpListener:
                 except InvalidDatagram as error:
                     batch.invalid.append(error.reason)
                     self._notices.invalid.record("%s bytes=%d source=%s", error, len(datagram), source)
+                    self._rejected.keep(error.reason, batch.received_s, source, "%s, in %d bytes", error, len(datagram))
                     if debug:
                         logger.debug("datagram invalid reason=%s source=%s", error, unquote_json(source))
                     continue
@@ -311,6 +322,7 @@ class UdpListener:
             for (quoted_id, *_), source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
                 if outcome is REJECTED_CAPACITY:
                     self._notices.capacity.record("engine_id=%r source=%s", quoted_id, source)
+                    self._rejected.keep(REJECTED_CAPACITY, batch.received_s, source, "engine_id=%r", quoted_id)
         if logger.isEnabledFor(logging.DEBUG):
             for number, outcome in enumerate(outcomes):
                 logger.debug("datagram %s %s", outcome, _who(batch, number))
@@ -318,6 +330,10 @@ class UdpListener:
     def flush_notices(self) -> None:
         """Write the lines of the log that are due; for the listener's thread."""
         self._notices.flush(self._drops.total() or 0)
+
+    def rejected_samples(self) -> dict[str, dict[str, Any]]:
+        """For each reason the last datagram that was rejected."""
+        return self._rejected.document()
 
     def kernel_dropped(self) -> int | None:
         """Datagrams that the kernel dropped because its buffer was full; None if it keeps no account."""

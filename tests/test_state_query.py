@@ -43,6 +43,12 @@ class AnyGateway:
         self.ready = True
         self.waiting: list[Callable[[], object]] = []  # what has arrived and is not taken yet
 
+    def get_events(self, since_ms: int = 0) -> list[dict[str, Any]]:
+        return [{"time_ms": time_ms} for time_ms in (1000, 2000) if time_ms >= since_ms]
+
+    def samples_json(self, since_ms: int = 0) -> bytes:
+        return json.dumps(self.get_events(since_ms)).encode()
+
     def get_stats(self) -> dict[str, Any]:
         raise NotImplementedError  # tested with a real one, in test_gateway
 
@@ -81,6 +87,23 @@ class QueryCase(unittest.TestCase):
         with self.assertRaises(QueryError) as refused:
             self.query.answer(target)
         self.assertEqual(refused.exception.status, status)
+
+
+class Memory(QueryCase):
+    """/events and /samples: what was, from a time on."""
+
+    def test_since_is_inclusive_and_may_be_left_out(self) -> None:
+        for path in ("/events", "/samples"):
+            with self.subTest(path):
+                self.assertEqual([one["time_ms"] for one in self.get(path)], [1000, 2000])
+                self.assertEqual([one["time_ms"] for one in self.get(f"{path}?since=2000")], [2000])
+                self.assertEqual(self.get(f"{path}?since=2001"), [])
+
+    def test_what_is_no_time_is_refused(self) -> None:
+        for since in ("", "-1", "1.5", "x", "1" * 17, "%EF%BC%91", "1&since=2"):
+            for path in ("/events", "/samples"):
+                with self.subTest(path, since=since):
+                    self.assert_refused(f"{path}?since={since}", 400)
 
 
 class Engines(QueryCase):
