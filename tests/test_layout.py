@@ -176,13 +176,14 @@ assert 'datagrams_received_total{network_mode="multicast"} 1' in get(gateway, "/
         (
             (
                 "state_query.py",
-                '    Route("/stats", Query._stats),\n',
-                '    Route("/stats", Query._stats),\n    Route("/numbers", Query._stats, ("only",)),\n',
+                '    Route("/stats", ',
+                '    Route("/numbers", Query._stats, "the same", schema="Stats"),\n    Route("/stats", ',
             ),
         ),
         """
 gateway = start()
-assert "total_received" in json.loads(get(gateway, "/numbers?only=x"))
+assert "total_received" in json.loads(get(gateway, "/numbers"))
+assert "/numbers" in json.loads(get(gateway, "/openapi.json"))["paths"]
 """,
     ),
     "an event of `/watch`": Change(
