@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine_state import REASONS
+from fleet_events import EVENT_KINDS
 from state_watch import MAX_READERS
 from tests.harness import DEADLINE_S, TOP, Daemon, again_and_again, daemon, datagram, free_port, heartbeat, wait_until
 
 PAGE = (TOP / "status_page.html").read_text(encoding="utf-8")
 SVG = "http://www.w3.org/2000/svg"  # the name of a language, and no address that is asked for anything
-ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"  # as WebDriver writes them
+ENTER, ESCAPE, TAB, LEFT = "\ue007", "\ue00c", "\ue004", "\ue012"  # as WebDriver writes them
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(2)>',
@@ -80,7 +81,7 @@ class File(unittest.TestCase):
         self.assertNotRegex(element("style"), r"url\(|@import|@font-face")
         script = element("script")
         asked = re.findall(r"""(?:\bask\(\s*|=> )["'`](\w+)(?:\?\w+=)?["'`]""", script)
-        self.assertEqual(set(asked), {"engines", "history", "stats", "livez"})
+        self.assertEqual(set(asked), {"engines", "history", "stats", "livez", "samples", "events"})
         begun = re.findall(r"(?:fetch|EventSource)\(([^,)]*)", script)
         self.assertEqual(begun, ["PLACE + path", "`${PLACE}watch?min_interval_ms=${interval}`"])
         self.assertRegex(script, r'const PLACE = .* \? "\./" : `\./')
@@ -126,7 +127,8 @@ class Strings(unittest.TestCase):
     def test_every_key_is_used(self) -> None:
         code = self.code + markup()
         unused = {key for key in self.strings if f'"{key}"' not in code} - self.used()
-        self.assertEqual(unused, {f"invalid_reasons.{reason}" for reason in REASONS}, "the reasons come by /stats")
+        told = {f"invalid_reasons.{reason}" for reason in REASONS} | {f"event.{kind}" for kind in EVENT_KINDS}
+        self.assertEqual(unused, told, "the reasons come by /stats, and the events by /events")
 
 
 def why_no_browser() -> str:
@@ -384,7 +386,7 @@ class InChromium(unittest.TestCase):
                 ),
             )
             self.open(running)
-            self.wait_text("#live-note", "^of 5, 1 without load$")
+            self.wait_text("#live-note", "^of 5, load of 1 unknown$")
             beating = self.cells("beating")
             self.assertEqual(
                 [beating[name] for name in ("latency", "pending", "kv", "capacity")],
@@ -555,21 +557,102 @@ class InChromium(unittest.TestCase):
             self.wait_text("#engine-trouble", r"^Its history cannot be read \(history: 404\)")
             self.until("document.querySelector('#charts .stroke').getAttribute('d').includes('L')")
 
+    def test_what_is_seen_is_in_the_address(self) -> None:
+        """Filter, sort, range and the open engine stay over a reload, whatever they are called."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            modes = ("a&b=c#%", "latency_optimized")
+            running.send(
+                *(
+                    datagram(engine_id=f"engine&{n}", pending_tokens_total=n, scheduling_mode=modes[n % 2])
+                    for n in range(10)
+                )
+            )
+            self.open(running)
+            self.wait_rows(10)
+            self.assertEqual(self.browser.run("return location.hash"), "")
+            self.browser.click("th.pending button")
+            self.browser.run("""
+              const mode = document.querySelector("#by-mode");
+              mode.value = "a&b=c#%";
+              mode.dispatchEvent(new Event("input"));""")
+            self.browser.click("#past-range button:last-child")
+            self.wait_rows(5)
+            self.browser.click("#rows a")
+            self.wait_sheet("engine&8")
+            address = self.browser.run("return location.hash")
+            self.open(running, address)
+            self.wait_sheet("engine&8")
+            self.browser.press(ESCAPE)
+            self.until("!document.querySelector('#engine').open && location.hash")
+            wait_until("the same rows", lambda: self.names() == [f"engine&{n}" for n in (8, 6, 4, 2, 0)])
+            self.until("document.querySelector('#past-range button:last-child').ariaPressed === 'true'")
+            self.assertEqual(self.browser.run("return location.hash"), address.partition("&")[2].join(("#", "")))
+
+    def test_what_was_is_there_after_a_reload(self) -> None:
+        """Curves, events and the tiles' last minutes come from the gateway's memory, not from the page's."""
+        with self.gateway(STALE_THRESHOLD=300, EXPIRE_AFTER=900) as running:
+            running.send(datagram(engine_id="vanished"), b"junk")
+            wait_until("the removal", lambda: "removed" in [one["event"] for one in running.ask("/events").json])
+            for _ in range(2):
+                self.open(running)
+                self.wait_text("#lost", "^1$")
+                self.wait_text("#rejected", "^1$")
+                self.assertIn("vanished", self.wait_text("#notices", "Removed after falling silent"))
+                self.wait_text("#events-title", "^Events: 4 of the last")
+            self.browser.click("#events-title")
+            self.assertIn(
+                "vanished", self.wait_text("#event-list", "(?s)removed.*went stale.*appeared.*gateway started")
+            )
+            self.browser.run("document.querySelector('#find-event').focus()")
+            self.browser.press(*"stale")
+            self.until("document.querySelectorAll('#event-list li').length === 1")
+            self.browser.click("#event-list a")
+            self.wait_sheet("vanished")
+            self.browser.press(ESCAPE)
+
+    def test_a_point_of_the_past_is_read_with_the_pointer_and_by_keyboard(self) -> None:
+        """The curves say their values at one time; arrow keys move it, and Escape lets go of it."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id="a", pending_tokens_total=4321))
+            running.wait_received(1)
+            self.open(running)
+            self.until("past.length > 0")
+            self.browser.run("""
+              const [first] = past, later = structuredClone(first);
+              later.time_ms += 10_000;
+              later.uptime_s += 10;
+              later.total_received = 500;
+              later.fleet.usable = 7;
+              later.fleet.sums.pending_tokens_total = { sum: 99, engines: 7 };
+              takeSamples([later]);
+              pastChanged = true;
+              document.querySelector("#pasts").focus();""")
+            text = "document.querySelector('#pasts').ariaValueText"
+            self.until(f"{text}.includes('States a second 50; Usable / stale 7 / 0; Pending tokens 99;')")
+            self.browser.press(LEFT)
+            self.until(f"{text}.includes('Usable / stale 0 / 0;')")
+            self.until("!document.querySelector('#pasts .pin').hidden")
+            self.browser.press(ESCAPE)
+            self.until("document.querySelector('#pasts .pin').hidden")
+            self.until("document.querySelector('#pasts .starts').getAttribute('d') !== ''")
+            self.browser.click("#past-range button:last-child")
+            self.until("document.querySelector('#pasts .axis span').textContent !== ''")
+
     def test_what_is_wrong_is_said_in_words(self) -> None:
-        """Nothing is said of what was rejected before the page was opened; what comes then is said with its reason."""
+        """What was rejected is said with its reason, also what was rejected before the page was opened."""
         with self.gateway(STALE_THRESHOLD=600_000) as running:
             running.send(datagram(engine_id="good"), b"[]")
             running.wait_received(2)
             self.open(running)
-            self.wait_text("#notices", "All is well: nothing lost, rejected or dropped in the last")
-            self.assertEqual(self.browser.text("#rejected"), "0")
+            self.wait_text("#notices", r"Invalid datagrams in the last .*: 1 \(not an object 1\)\.")
+            self.wait_text("#rejected", "^1$")
             running.send(b"junk", b"junk", b"{}", datagram(engine_id="good"))
-            self.wait_text("#notices", r"Invalid datagrams in the last .*: 3 \(not JSON 2, a field missing 1\)\.")
+            self.wait_text("#notices", r"Invalid datagrams in the last .*: 4 \(not JSON 2, .*a field missing 1.*\)\.")
             self.assertNotIn("All is well", self.browser.text("#notices") or "")
-            self.assertEqual(self.browser.text("#rejected"), "3")
+            self.assertEqual(self.browser.text("#rejected"), "4")
             self.wait_text("#rejected-note", "no fault: duplicates 1$")
             self.browser.click("#counters-title")
-            self.wait_text("#counters", r"(?i)rejected: not an object\s+1\n")
+            self.wait_text("#counters", r"(?i)rejected: not an object\s+1 \(\+1\)\n")
 
     def test_by_keyboard(self) -> None:
         """An engine is opened by Enter and closed by Escape, and the focus is where it was; Enter sorts."""
@@ -602,6 +685,7 @@ class InChromium(unittest.TestCase):
             for width in (320, 360, 700, 701, 900, 1200, 1420, 2560):
                 self.browser.resize(width, 700)
                 self.until("innerWidth === arguments[0]", width)
+                self.browser.run("document.querySelector('#table').scrollIntoView()")
                 self.assertLessEqual(self.browser.run("return document.documentElement.scrollWidth"), width)
                 self.assertEqual([self.cells("y")[name] for name in ("status", "name", "kv")], ["live", "y", "90%"])
                 outside = self.browser.run("""
