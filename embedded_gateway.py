@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Mapping
 
 from config import PREFIX, read_config, unknown_variables
+from following_gateway import FollowingGateway, follow
 from start_errors import StartError
 from state_gateway import StateGateway
 
@@ -18,16 +20,17 @@ logger = logging.getLogger("elrar.gateway")
 FAILURE_REMEMBERED_S = 1.0
 
 _process_lock = threading.Lock()  # guards the two below; held for as long as a start takes
-_process_gateway: StateGateway | None = None
+_process_gateway: StateGateway | FollowingGateway | None = None
 _last_failure: tuple[StartError, Mapping[str, str], float] | None = None  # with which settings, and when (monotonic)
 
 
-def get_state_gateway() -> StateGateway:
+def get_state_gateway() -> StateGateway | FollowingGateway:
     """The one gateway of this process, started from the environment at the first call.
 
-    Raises ConfigError or StartError if it cannot be started; a later call tries again, also after `shutdown`, but with
-    the same settings not within FAILURE_REMEMBERED_S: a router may ask at each request. It waits for nobody. No signal
-    handler is installed and no logging is configured. Any thread may call it.
+    Where another gateway on this host has the port, it is one that follows that gateway, and takes its place when it is
+    gone. Raises ConfigError or StartError if it cannot be started; a later call tries again, also after `shutdown`, but
+    with the same settings not within FAILURE_REMEMBERED_S: a router may ask at each request. It waits for nobody, but
+    100 ms to learn who has the port. No signal handler is installed, no logging is configured, any thread may call it.
     """
     global _process_gateway
     gateway = _process_gateway  # replaced as a whole: the usual call takes no lock
@@ -42,7 +45,7 @@ def get_state_gateway() -> StateGateway:
         return gateway
 
 
-def _start_or_fail_again() -> StateGateway:
+def _start_or_fail_again() -> StateGateway | FollowingGateway:
     global _last_failure
     # The router's own logging may know levels that the daemon does not.
     environ = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
@@ -59,12 +62,17 @@ def _start_or_fail_again() -> StateGateway:
     return gateway
 
 
-def _start(environ: Mapping[str, str]) -> StateGateway:
+def _start(environ: Mapping[str, str]) -> StateGateway | FollowingGateway:
     config = read_config(environ)
     for line in unknown_variables(environ):
         logger.warning("%s", line)
     gateway = StateGateway(config, embedded=True)
-    gateway.open()
+    try:
+        gateway.open()
+    except StartError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+            return follow(config, error)
+        raise
     gateway.start()
     logger.info("ready: %s", gateway.describe())
     if config.enable_log and PREFIX + "LOG_FILE" not in environ:

@@ -248,7 +248,13 @@ def _schemas() -> dict[str, Schema]:
         ),
         "Liveness": _object({"status": _string("ok, or which threads do not move"), "threads": moving}),
         "Readiness": _object({"status": _string("ready, or why not")}),
-        "Version": _object({"version": _string("version of the gateway")}),
+        "Version": _object(
+            {
+                "version": _string("version of the gateway"),
+                "embedded": _boolean("whether it runs in a router's process, where nobody restarts it"),
+            },
+            optional=["embedded"],
+        ),
         "Error": _object({"error": _string("what is wrong, and what to do")}, "Why there is no answer."),
         "Anything": {"type": "object", "description": "An OpenAPI document."},
     }

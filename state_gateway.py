@@ -270,6 +270,11 @@ class StateGateway:
         """The version of the gateway."""
         return VERSION
 
+    @property
+    def embedded(self) -> bool:
+        """Whether it runs in a router's process."""
+        return self._embedded
+
     def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
         """The eight fields of every known engine, live or stale, by engine_id; the caller may change it in place.
 

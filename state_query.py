@@ -73,6 +73,10 @@ class Gateway(Protocol):
     def version(self) -> str:
         """The version of the gateway."""
 
+    @property
+    def embedded(self) -> bool:
+        """Whether it runs in a router's process."""
+
     def get_stats(self) -> dict[str, Any]:
         """The document of /stats."""
 
@@ -282,7 +286,8 @@ class Query:
         return self._openapi_answer
 
     def _version(self, _: Question) -> Answer:
-        return json_answer({"version": self._gateway.version})
+        embedded = {"embedded": True} if self._gateway.embedded else {}  # nobody restarts a router's own gateway
+        return json_answer({"version": self._gateway.version, **embedded})
 
 
 _NO_SUCH_ENGINE = "no such engine; in a path its id is percent-encoded, as in http%3A%2F%2Fhost%3A8000"

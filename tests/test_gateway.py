@@ -353,10 +353,12 @@ class FromPython(GatewayCase):
         if forgetful:
             embedded_gateway._last_failure = None
         with environment(**{**LOOPBACK, "LOG_FILE": self.log_file, **settings}):
-            return get_state_gateway()
+            gateway = get_state_gateway()
+        assert isinstance(gateway, StateGateway)
+        return gateway
 
     def test_there_is_one_gateway_and_it_starts_once(self) -> None:
-        found: list[StateGateway] = []
+        found: list[Any] = []
         with environment(**{**LOOPBACK, "LOG_FILE": self.log_file}):
             callers = [threading.Thread(target=lambda: found.append(get_state_gateway())) for _ in range(8)]
             for caller in callers:

@@ -37,6 +37,7 @@ class AnyGateway:
     """A gateway that says what it is told to."""
 
     version = "1.2.3"
+    embedded = False
 
     def __init__(self) -> None:
         self.moving = {"udp-listener": True, "reaper": True}

@@ -1,0 +1,245 @@
+"""Several processes with one port: one listens, the others follow it, and one of them takes its place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import embedded_gateway
+import following_gateway
+from embedded_gateway import get_state_gateway
+from following_gateway import FollowingGateway
+from start_errors import StartError
+from tests.harness import (
+    DEADLINE_S,
+    TOP,
+    again_and_again,
+    clean_environment,
+    daemon,
+    datagram,
+    free_port,
+    wait_until,
+)
+
+WORKER = """
+import json, sys
+from gateway import get_state_gateway
+gateway = get_state_gateway()
+print(json.dumps(["started", type(gateway).__name__]), flush=True)
+for line in sys.stdin:  # a look each time that it is asked
+    gateway = get_state_gateway()
+    states = gateway.get_engine_states_dict()
+    live = gateway.get_active_engines_count()
+    listens = type(gateway).__name__ == "StateGateway" or getattr(gateway, "_own", None) is not None
+    pending = {name: state["pending_tokens_total"] for name, state in states.items()}
+    print(json.dumps(["look", listens, live, pending]), flush=True)
+"""
+
+
+class InOneProcess(unittest.TestCase):
+    """This process follows a daemon."""
+
+    def setUp(self) -> None:
+        self.port = free_port()
+        self.settings: dict[str, Any] = {
+            "UDP_PORT": self.port, "BIND_ADDRESS": "127.0.0.1", "STALE_THRESHOLD": 60_000, "ENABLE_LOG": "false",
+        }  # fmt: skip
+        self.addCleanup(self.forget)
+        logger = logging.getLogger("engine_table")
+        logger.disabled = True
+        self.addCleanup(setattr, logger, "disabled", False)
+
+    def forget(self) -> None:
+        if embedded_gateway._process_gateway is not None:
+            embedded_gateway._process_gateway.shutdown()
+        embedded_gateway._process_gateway = embedded_gateway._last_failure = None
+
+    def get(self, **settings: object) -> FollowingGateway:
+        embedded_gateway._last_failure = None
+        with mock.patch.dict(os.environ, clean_environment(**{**self.settings, **settings}), clear=True):
+            gateway = get_state_gateway()
+        assert isinstance(gateway, FollowingGateway)
+        return gateway
+
+    def test_it_is_the_same_table(self) -> None:
+        with daemon(**self.settings) as running:
+            running.send(datagram(engine_id="a"), datagram(engine_id="b", pending_tokens_total=7))
+            running.wait_received(2)
+            gateway = self.get()
+            wait_until("both to be known", lambda: gateway.get_total_engines_count() == 2)
+            shown = running.ask("/engines").json["engines"]
+            self.assertEqual(gateway.get_engine_states_dict().keys(), shown.keys())
+            for engine_id, fields in gateway.get_engine_states_dict().items():
+                self.assertEqual(fields, {name: shown[engine_id][name] for name in fields})
+                self.assertEqual(len(fields), 8)
+            for engine_id, entry in gateway.get_engine_snapshot().items():
+                ages = {"age_ms": 0, "state_age_ms": 0}
+                self.assertEqual({**entry, **ages}, {**entry, **shown[engine_id], **ages})
+            state = gateway.get_engine_state("b")
+            assert state is not None
+            self.assertEqual(state.pending_tokens_total, 7)
+            self.assertIsNone(gateway.get_engine_state("c"))
+            self.assertEqual(gateway.get_active_engines_count(), 2)
+            self.assertEqual(gateway.get_stats()["total_received"], 2)
+            self.assertEqual(gateway.get_stats()["instance"], running.stats()["instance"])
+            self.assertTrue(gateway.is_ready())
+            self.assertIs(self.get(), gateway)
+            gateway.shutdown()
+            gateway.shutdown()
+            with self.assertRaisesRegex(RuntimeError, "shut down"):
+                gateway.get_engine_states_dict()
+            self.assertIsNot(self.get(), gateway)
+
+    def test_a_restarting_daemon_finds_its_port(self) -> None:
+        with daemon(**self.settings) as running:
+            running.send(datagram(engine_id="a"))
+            gateway = self.get()
+            wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
+            self.assertEqual(gateway.get_stats()["total_received"], 1)
+            running.stop()
+            wait_until("it to be noticed", lambda: gateway._gone_since is not None)
+            self.assertEqual(gateway.get_active_engines_count(), 1)
+            self.assertEqual(gateway.get_stats()["total_received"], 1)  # as it said last
+        with daemon(**self.settings) as running:
+            wait_until("it to be followed again", gateway.is_ready)
+            self.assertEqual(gateway.get_active_engines_count(), 1)
+            running.send(datagram(engine_id="b"))
+            wait_until("b to be known", lambda: gateway.get_engine_state("b"))
+
+    def test_a_daemons_place_is_taken_when_it_has_been_gone_for_long(self) -> None:
+        with mock.patch.object(following_gateway, "DAEMON_GONE_S", 0.2):
+            with daemon(**self.settings) as running:
+                running.send(datagram(engine_id="a"))
+                gateway = self.get()
+                wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
+            wait_until("its place to be taken", lambda: gateway.describe().startswith("network mode"))
+            self.assertEqual(gateway.get_active_engines_count(), 1)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.sendto(datagram(engine_id="b"), ("127.0.0.1", self.port))
+            wait_until("b to be known", lambda: gateway.get_engine_state("b"))
+            self.assertEqual(gateway.get_stats()["total_received"], 1)
+            self.assertEqual(gateway.get_engine_states_dict().keys(), {"a", "b"})
+            self.assertIs(self.get(), gateway)
+
+    def test_the_error_says_so_where_there_is_nobody_to_follow(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind(("127.0.0.1", self.port))
+            with self.assertRaisesRegex(StartError, "in use.*/version, it is no gateway.*refused"):
+                self.get()
+            with self.assertRaisesRegex(StartError, "in use.*HTTP_PORT=off there is nobody to ask"):
+                self.get(HTTP_PORT="off")
+
+    def test_it_reads_with_a_token(self) -> None:
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write("0123456789abcdef\nanother-token-0123\n")
+            file.flush()
+            with daemon(**self.settings, HTTP_TOKENS_FILE=file.name) as running:
+                running.send(datagram(engine_id="a"))
+                gateway = self.get(HTTP_TOKENS_FILE=file.name)
+                wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
+                self.assertEqual(gateway.get_stats()["total_received"], 1)
+
+
+class Worker:
+    """A router's worker in a process of its own, which looks when it is asked."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        settings = {"UDP_PORT": port, "BIND_ADDRESS": "127.0.0.1", "ENABLE_LOG": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=folder,
+            env={**clean_environment(**settings), "PYTHONPATH": str(TOP)},
+        )
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        self.kind = json.loads(self._answers.get(timeout=DEADLINE_S))[1]
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._answers.put(line)
+        self._answers.put('["ended", false, 0, {}]')
+
+    def look(self) -> tuple[bool, int, dict[str, int]]:
+        """Whether it listens, how many engines are live, and what each has pending."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        _, listens, live, pending = json.loads(self._answers.get(timeout=DEADLINE_S))
+        return listens, live, pending
+
+    def kill(self) -> bool:
+        self.process.kill()
+        self.process.wait(DEADLINE_S)
+        self._thread.join(DEADLINE_S)
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        return False
+
+
+class Workers(unittest.TestCase):
+    """A router with several workers has one table, whichever of them listens."""
+
+    KILLS = 3 if os.environ.get("STATE_GATEWAY_LONG_TESTS") else 1
+    LOOKS = 500 if os.environ.get("STATE_GATEWAY_LONG_TESTS") else 50
+
+    def test_no_look_is_without_an_engine_whoever_is_killed(self) -> None:
+        engines = [f"http://172.17.0.{number}:8000" for number in range(3, 43)]
+        port = free_port()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+
+        def push(turn: int) -> None:
+            for engine_id in engines:
+                sock.sendto(
+                    datagram(engine_id=engine_id, timestamp_ms=turn, pending_tokens_total=turn), ("127.0.0.1", port)
+                )
+
+        workers = [Worker(Path(folder.name), port) for _ in range(4)]
+        self.addCleanup(lambda: any(worker.kill() for worker in workers))
+        self.assertEqual(sorted(worker.kind for worker in workers), ["FollowingGateway"] * 3 + ["StateGateway"])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, again_and_again(0.1, push):
+            wait_until("all to know all", lambda: all(worker.look()[1] == len(engines) for worker in workers))
+            for _ in range(self.KILLS):
+                self.look_on(workers, engines)
+                listening = [worker for worker in workers if worker.look()[0]]
+                self.assertEqual(len(listening), 1)
+                listening[0].kill()
+                workers.remove(listening[0])
+                self.look_on(workers, engines)
+                wait_until("another one to listen", lambda: any(worker.look()[0] for worker in workers))
+                self.look_on(workers, engines)
+                workers.append(Worker(Path(folder.name), port))
+                wait_until("the new one to know all", lambda: workers[-1].look()[1] == len(engines))
+            self.look_on(workers, engines)
+
+    def look_on(self, workers: list[Worker], engines: list[str]) -> None:
+        for _ in range(self.LOOKS):
+            for worker in workers:
+                _, live, pending = worker.look()
+                self.assertEqual((live, pending.keys()), (len(engines), set(engines)))
+            time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    unittest.main()
