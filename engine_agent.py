@@ -1273,7 +1273,8 @@ ACTIVITIES = {
     "draining": Activity(DRAINING, 4.0, 8.0, ("gone",)),
     "gone": Activity(None, 5.0, 10.0, ("starting",)),  # it begins with a farewell
     "hanging": Activity(STUCK, 3.0, 8.0, ("serving",)),
-    "dead": Activity(None, 8.0, 15.0, ("starting",)),  # without a farewell
+    # Without a farewell; a gateway has forgotten it after 6 s, or sees a restart.
+    "dead": Activity(None, 3.0, 15.0, ("starting",)),
     "sleeping": Activity(SLEEPING, 5.0, 10.0, ("serving",)),
 }
 

@@ -3,7 +3,8 @@
     python3 .ci/real_vllm.py FOLDER_OF_VLLM_S_ENVIRONMENT FOLDER_TO_WORK_IN
 
 The model has one token a byte, so that a prompt of N letters is N tokens, and what the agent has to say is known. The
-plugin inside and a sidecar beside speak at the same time, under names of their own. Prints a line a check.
+plugin inside and a sidecar beside speak at the same time, under names of their own, to this program and to a gateway,
+which a reader asks 50 times a second. Prints a line a check.
 """
 
 from __future__ import annotations
@@ -101,10 +102,47 @@ def phase(wanted: str) -> Callable[[dict[str, Any]], bool]:
     return lambda state: bool(state["phase"] == wanted)
 
 
+class Gateway:
+    """A real gateway, and a reader that asks it 50 times a second."""
+
+    def __init__(self, work: Path) -> None:
+        self.port = free_port()
+        names = {"UDP_PORT": self.port, "BIND_ADDRESS": "127.0.0.1", "ENABLE_LOG": "false"}
+        environ = {**os.environ, **{f"VLLM_STATE_GATEWAY_{name}": str(value) for name, value in names.items()}}
+        with (work / "gateway.log").open("wb") as log:
+            self.process = subprocess.Popen([sys.executable, str(TOP / "gateway.py")], env=environ, stderr=log)
+        self.looks: list[tuple[float, dict[str, bool]]] = []  # which of the engines that are known are usable
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        while True:
+            try:
+                connection.request("GET", "/engines")
+                engines = json.loads(connection.getresponse().read())["engines"]
+                self.looks.append((time.time(), {name: bool(entry.get("usable")) for name, entry in engines.items()}))
+            except (OSError, http.client.HTTPException):
+                connection.close()
+            time.sleep(0.02)
+
+    def since(self, begin: float) -> list[tuple[float, dict[str, bool]]]:
+        """The looks since a time."""
+        return [look for look in self.looks if look[0] >= begin]
+
+    def wait(self, what: str, begin: float, is_it: Callable[[dict[str, bool]], bool], most_s: float) -> float:
+        """Wait for a look that shows something; returns how many seconds after `begin` that was."""
+        while time.time() - begin < most_s:
+            for at, engines in self.since(begin):
+                if is_it(engines):
+                    return at - begin
+            time.sleep(0.01)
+        raise AssertionError(f"the gateway's readers waited {most_s} s in vain: {what}; last look: {self.looks[-1:]}")
+
+
 class Server:
     """A real vLLM server, with the plugin inside and a sidecar beside it."""
 
-    def __init__(self, vllm: Path, work: Path, ears: Ears, port: int, *arguments: str) -> None:
+    def __init__(self, vllm: Path, work: Path, ports: tuple[int, int], port: int, *arguments: str) -> None:
         self.port = port
         self.log = work / f"vllm-{port}.log"
         plugin = work / "plugin"
@@ -115,7 +153,7 @@ class Server:
         info.mkdir(parents=True, exist_ok=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
         make_model(work / "model")
-        gateway = {"ELRAR_GATEWAY_HOST": "127.0.0.1", "ELRAR_GATEWAY_PORT": str(ears.port)}
+        gateway = {"ELRAR_GATEWAY_HOST": ",".join(f"127.0.0.1:{one}" for one in ports)}
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         small = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                  "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_SERVER_DEV_MODE": "1"}  # fmt: skip
@@ -225,9 +263,23 @@ def check(name: str, do: Callable[[], str | None]) -> None:
 class Trial:
     """What is checked at one server."""
 
-    def __init__(self, server: Server, ears: Ears) -> None:
+    def __init__(self, server: Server, ears: Ears, gateway: Gateway) -> None:
         self.server = server
         self.ears = ears
+        self.gateway = gateway
+
+    def readers(self, what: str, begin: float, usable: bool, most_s: float) -> str:
+        """Wait until the gateway's readers see both as usable, or not; returns how long that took."""
+        took = self.gateway.wait(
+            what, begin, lambda engines: all(engines.get(name) is usable for name in (PLUGIN, SIDECAR)), most_s
+        )
+        return f"; the gateway's readers {took:.2f} s"
+
+    def never_usable(self, begin: float) -> None:
+        """No look since then showed either as usable."""
+        looks = self.gateway.since(begin)
+        assert len(looks) > 5, f"only {len(looks)} looks"
+        assert not any(engines.get(name) for _, engines in looks for name in (PLUGIN, SIDECAR)), looks
 
     def both(self, what: str, begin: float, is_it: Callable[[dict[str, Any]], bool], most_s: float) -> str:
         """Wait until plugin and sidecar have said it; returns how long that took."""
@@ -283,11 +335,15 @@ class Trial:
             with self.server.stopped():
                 stopped = time.time()
                 said = self.both("stuck", stopped, phase("stuck"), 4)
+                said += self.readers("not usable", stopped, False, 4)
                 time.sleep(1.0)
+                self.never_usable(stopped + 1.6)
                 for name in (PLUGIN, SIDECAR):
                     late = [state for at, state in self.ears.since(stopped + 1.6, name) if state["phase"] != "stuck"]
                     assert not late, late
-            said += "; " + self.both("serving again", time.time(), phase("serving"), 4)
+            begin = time.time()
+            said += "; " + self.both("serving again", begin, phase("serving"), 4)
+            said += self.readers("usable again", begin, True, 4)
         return said
 
     def hung_from_idle(self) -> str:
@@ -299,11 +355,15 @@ class Trial:
             waiting = clients(self.server, 3, 50, 4)
             waiting.__enter__()
             said = self.both("stuck", begin, phase("stuck"), 4)
+            said += self.readers("not usable", begin, False, 4)
             time.sleep(1.0)
+            self.never_usable(begin + 1.6)
             for name in (PLUGIN, SIDECAR):
                 late = [state for at, state in self.ears.since(begin + 1.6, name) if state["phase"] != "stuck"]
                 assert not late, late
-        said += "; " + self.both("serving again", time.time(), phase("serving"), 4)
+        begin = time.time()
+        said += "; " + self.both("serving again", begin, phase("serving"), 4)
+        said += self.readers("usable again", begin, True, 4)
         waiting.__exit__(None, None, None)
         return said
 
@@ -336,12 +396,15 @@ class Trial:
         begin = time.time()
         self.server.process.send_signal(signal.SIGTERM)
         said = self.ears.wait("gone", PLUGIN, begin, phase("gone"), 3)
+        left = self.gateway.wait("gone", begin, lambda engines: PLUGIN not in engines, 3)
         self.server.process.wait(60)
         refused = self.ears.wait("gone", SIDECAR, begin, phase("gone"), 30)
         time.sleep(0.3)
         after = [state for at, state in self.ears.since(begin + said, PLUGIN) if state["phase"] != "gone"]
         assert not after, after
-        return f"gone after {said:.3f} s; beside it, when its port refused, after {refused:.1f} s"
+        assert PLUGIN not in self.gateway.looks[-1][1]
+        said_so = f"gone after {said:.3f} s, from the gateway's answers after {left:.3f} s"
+        return f"{said_so}; beside it, when its port refused, after {refused:.1f} s"
 
 
 def free_port() -> int:
@@ -353,15 +416,15 @@ def free_port() -> int:
 def main() -> int:
     """Run all checks; the exit status says whether one failed."""
     vllm, work = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
-    ears = Ears()
+    ears, gateway = Ears(), Gateway(work)
     for title, arguments, names in (
         ("one API server", ["--disable-log-stats"],
          ["idle", "busy", "hung_while_busy", "hung_from_idle", "sleep_and_wake", "first_after_idle", "sigterm"]),
         ("two API servers", ["--api-server-count", "2"],
          ["idle", "busy", "hung_while_busy", "hung_from_idle", "sigterm"]),
     ):  # fmt: skip
-        server = Server(vllm, work, ears, free_port(), *arguments)
-        trial = Trial(server, ears)
+        server = Server(vllm, work, (ears.port, gateway.port), free_port(), *arguments)
+        trial = Trial(server, ears, gateway)
         try:
             check(f"{title}: vLLM starts", server.wait_up)
             if server.process.poll() is None:
@@ -369,6 +432,8 @@ def main() -> int:
                     check(f"{title}: {getattr(trial, name).__doc__}", getattr(trial, name))
         finally:
             server.end()
+    gateway.process.terminate()
+    gateway.process.wait(30)
     return 1 if failures else 0
 
 
