@@ -1886,7 +1886,7 @@ class VllmAdapter(Adapter):
         "num_requests_waiting": "vllm:num_requests_waiting",
     }
     hints = (
-        "--enable-server-load-tracking: a hang from idle cannot be seen without it",
+        "--enable-server-load-tracking: a hang from idle cannot be seen without it, nor with several API servers",
         "--disable-access-log-for-endpoints /metrics,/metrics/,/load: each look is a line of its access log",
         "the plugin (--install-plugin): pending tokens exact to a percent, changes within 20 ms instead of a look",
     )

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,27 +263,39 @@ def check(name: str, do: Callable[[], str | None]) -> None:
 class Trial:
     """What is checked at one server."""
 
-    def __init__(self, server: Server, ears: Ears, gateway: Gateway) -> None:
+    def __init__(self, server: Server, ears: Ears, gateway: Gateway, servers: int) -> None:
         self.server = server
+        self.servers = servers
+        # From outside, a hang from idle shows only at the API server that has the requests.
+        self.sees_idle_hang = (PLUGIN, SIDECAR) if servers == 1 else (PLUGIN,)
         self.ears = ears
         self.gateway = gateway
 
-    def readers(self, what: str, begin: float, usable: bool, most_s: float) -> str:
+    def readers(
+        self, what: str, begin: float, usable: bool, most_s: float, names: Sequence[str] = (PLUGIN, SIDECAR)
+    ) -> str:
         """Wait until the gateway's readers see both as usable, or not; returns how long that took."""
         took = self.gateway.wait(
-            what, begin, lambda engines: all(engines.get(name) is usable for name in (PLUGIN, SIDECAR)), most_s
+            what, begin, lambda engines: all(engines.get(name) is usable for name in names), most_s
         )
         return f"; the gateway's readers {took:.2f} s"
 
-    def never_usable(self, begin: float) -> None:
+    def never_usable(self, begin: float, names: Sequence[str] = (PLUGIN, SIDECAR)) -> None:
         """No look since then showed either as usable."""
         looks = self.gateway.since(begin)
         assert len(looks) > 5, f"only {len(looks)} looks"
-        assert not any(engines.get(name) for _, engines in looks for name in (PLUGIN, SIDECAR)), looks
+        assert not any(engines.get(name) for _, engines in looks for name in names), looks
 
-    def both(self, what: str, begin: float, is_it: Callable[[dict[str, Any]], bool], most_s: float) -> str:
+    def both(
+        self,
+        what: str,
+        begin: float,
+        is_it: Callable[[dict[str, Any]], bool],
+        most_s: float,
+        names: Sequence[str] = (PLUGIN, SIDECAR),
+    ) -> str:
         """Wait until plugin and sidecar have said it; returns how long that took."""
-        times = [(name, self.ears.wait(what, name, begin, is_it, most_s)) for name in (PLUGIN, SIDECAR)]
+        times = [(name, self.ears.wait(what, name, begin, is_it, most_s)) for name in names]
         return f"{what} " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times)
 
     def idle(self) -> str:
@@ -309,7 +321,7 @@ class Trial:
                 return bool(state["num_requests_running"] == MOST_RUNNING and state["num_requests_waiting"] == 12)
 
             took = self.both("4 run and 12 wait", begin, full, 30)
-        exact = estimated = 0
+        exact = close = estimated = 0
         for name in (PLUGIN, SIDECAR):
             for _, state in self.ears.since(begin, name):
                 if state["phase"] != "serving" or not full(state):
@@ -318,11 +330,13 @@ class Trial:
                 assert MOST_RUNNING * 3 <= used <= MOST_RUNNING * -(-700 // BLOCK), state
                 assert 0 < state["latency_pred_ms"] < 5000, state
                 if name == PLUGIN:
-                    assert state["pending_tokens_total"] == 12 * 300, state
-                    exact += 1
+                    # Of another API server's requests it knows what that said last: one may be on its way.
+                    assert abs(state["pending_tokens_total"] - 12 * 300) <= 300 * (self.servers - 1), state
+                    exact += state["pending_tokens_total"] == 12 * 300
+                    close += 1
                 else:
                     estimated += 1
-        assert exact and estimated
+        assert exact > close / 2 and estimated, (exact, close, estimated)
         capacity = self.ears.since(begin, PLUGIN)[-1][1]["engine_capacity"]
         assert capacity > 0, "no capacity was measured with requests waiting"
         return f"{took}; pending exact in {exact} states of the plugin; {capacity:.0f} tokens/s"
@@ -354,11 +368,11 @@ class Trial:
             begin = time.time()
             waiting = clients(self.server, 3, 50, 4)
             waiting.__enter__()
-            said = self.both("stuck", begin, phase("stuck"), 4)
-            said += self.readers("not usable", begin, False, 4)
+            said = self.both("stuck", begin, phase("stuck"), 4, self.sees_idle_hang)
+            said += self.readers("not usable", begin, False, 4, self.sees_idle_hang)
             time.sleep(1.0)
-            self.never_usable(begin + 1.6)
-            for name in (PLUGIN, SIDECAR):
+            self.never_usable(begin + 1.6, self.sees_idle_hang)
+            for name in self.sees_idle_hang:
                 late = [state for at, state in self.ears.since(begin + 1.6, name) if state["phase"] != "stuck"]
                 assert not late, late
         begin = time.time()
@@ -424,7 +438,7 @@ def main() -> int:
          ["idle", "busy", "hung_while_busy", "hung_from_idle", "sigterm"]),
     ):  # fmt: skip
         server = Server(vllm, work, (ears.port, gateway.port), free_port(), *arguments)
-        trial = Trial(server, ears, gateway)
+        trial = Trial(server, ears, gateway, 2 if "--api-server-count" in arguments else 1)
         try:
             check(f"{title}: vLLM starts", server.wait_up)
             if server.process.poll() is None:
