@@ -116,7 +116,7 @@ class Strings(unittest.TestCase):
         for arguments in re.findall(r'\bsay(?:Grown)?\("\w+", ([^,)]*)', self.code):
             keys |= set(re.findall(r'"([^"]*)"', arguments))
         keys |= set(re.findall(r'^  \["\w+", "(\w+)", \(', self.code, flags=re.MULTILINE))  # the columns
-        keys |= {f"is_{status}" for status in ("live", "stale", "unknown", "lost")}
+        keys |= {f"is_{status}" for status in ("live", "stale", "unavailable", "unknown", "lost")}
         return keys
 
     def test_every_key_that_is_used_exists(self) -> None:
@@ -128,7 +128,8 @@ class Strings(unittest.TestCase):
         code = self.code + markup()
         unused = {key for key in self.strings if f'"{key}"' not in code} - self.used()
         told = {f"invalid_reasons.{reason}" for reason in REASONS} | {f"event.{kind}" for kind in EVENT_KINDS}
-        self.assertEqual(unused, told, "the reasons come by /stats, and the events by /events")
+        told |= {f"phase.{phase}" for phase in ("starting", "draining", "sleeping", "stuck")}
+        self.assertEqual(unused, told, "the reasons come by /stats, the events by /events, the phases with an engine")
 
 
 def why_no_browser() -> str:
@@ -556,6 +557,34 @@ class InChromium(unittest.TestCase):
             self.browser.run("location.hash = '#engine=engine-1'")
             self.wait_text("#engine-trouble", r"^Its history cannot be read \(history: 404\)")
             self.until("document.querySelector('#charts .stroke').getAttribute('d').includes('L')")
+
+    def test_the_fleet_at_a_glance(self) -> None:
+        """How many engines are usable and why the others are not, what waits in all, and who stands out."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(
+                datagram(engine_id="a", pending_tokens_total=1000, engine_capacity=1000, kv_cache_free_blocks=500),
+                datagram(engine_id="b", pending_tokens_total=3000, engine_capacity=1000, kv_cache_free_blocks=250),
+                datagram(engine_id="c", pending_tokens_total=0, engine_capacity=0, kv_cache_free_blocks=-1),
+                heartbeat(engine_id="d"),
+            )
+            self.open(running)
+            self.wait_text("#usable", "^3 of 4$")
+            self.assertEqual(self.browser.text("#usable-note"), "not: load unknown 1")
+            self.assertEqual(self.browser.text("#work"), "2.0s for the whole fleet")
+            self.assertEqual(self.browser.text("#work-note"), "4,000 tokens; 2,000 tokens/s of 2 engines")
+            self.assertEqual(self.browser.text("#kv-most"), "75% b")
+            self.assertEqual(self.browser.text("#work-most"), "3.0s b")
+            label = self.browser.run("return document.querySelector('#kv-spread svg').ariaLabel")
+            self.assertEqual(label, "2 engines from 50% to 75%; the highest: b")
+            self.browser.click("#kv-most")
+            self.wait_sheet("b")
+            self.browser.press(ESCAPE)
+            self.browser.run("""
+              const now = clock(), { entry } = engines.get("a");
+              heard({ ...entry, status: "unavailable", phase: "draining" }, now);""")
+            self.wait_cell("a", "status", "^draining$")
+            self.wait_text("#usable-note", "draining 1")
+            self.wait_text("#usable", "^2 of 4$")
 
     def test_what_is_seen_is_in_the_address(self) -> None:
         """Filter, sort, range and the open engine stay over a reload, whatever they are called."""
