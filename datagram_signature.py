@@ -1,0 +1,75 @@
+"""A datagram's signature: whether it is there, of which key, and whether it is right.
+
+A signed datagram ends with `, "sig": "<key id>:<32 lower-case hex digits>"}`, the first half of HMAC-SHA256 over every
+byte before that. It is checked before anything else is made of the datagram, so that a stranger reaches no parser.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+
+from signing_keys import Keys, SigningKey
+
+# Why a signature is refused. The same words are the counters and the README's rows. First those for which only the
+# datagram's end is looked at, then those that need its fields; in the order in which they are asked.
+UNSIGNED = "unsigned"
+UNKNOWN_KEY = "unknown_key"
+BAD_SIGNATURE = "bad_signature"
+NOT_ITS_ENGINE = "not_its_engine"
+NO_SEQUENCE = "no_sequence"
+CLOCK = "clock"
+REPLAYED = "replayed"
+TOO_MANY_BOOTS = "too_many_boots"
+SIGNATURE_REASONS = {
+    UNSIGNED: "it does not end with a signature as it has to be written, or has a line break in it",
+    UNKNOWN_KEY: "its key is not in `KEYS_FILE`",
+    BAD_SIGNATURE: "it was changed, or signed with another key of that name",
+    NOT_ITS_ENGINE: "its key does not speak for that engine_id",
+    NO_SEQUENCE: "it has no `boot` and `seq`",
+    CLOCK: "its `timestamp_ms` is further than 300 s from the gateway's clock",
+    REPLAYED: "its `seq` was reached before in that `boot`, or its `boot` is older than the engine's live one",
+    TOO_MANY_BOOTS: "a new `boot` of an engine that had 16, or one too many in all, within 300 s",
+}
+
+_BEGINS = b', "sig": "'
+_TAIL = re.compile(_BEGINS + rb'([A-Za-z0-9_-]{1,32}):[0-9a-f]{32}"\}')
+_MAX_TAIL_BYTES = len(_BEGINS) + 32 + 1 + 32 + 2
+
+
+class SignatureCheck:
+    """Finds out who signed a datagram. For the listener's thread; `keys` may be replaced from any."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys  # replaced as a whole, never changed
+
+    def check(self, datagram: bytes) -> SigningKey | str:
+        """The key that signed a datagram, or the reason why it is refused."""
+        keys = self.keys
+        begins = datagram.rfind(_BEGINS, -_MAX_TAIL_BYTES)
+        key_id, _, code = datagram[begins + len(_BEGINS) : -2].partition(b":")
+        key = keys.get(key_id)
+        # Whatever these let pass, a look at the whole tail would: a key that is known has a name of the right form, and
+        # the code is compared with how it has to be written, in a time that tells nothing.
+        if (
+            key is not None
+            and begins >= 0
+            and datagram[-2:] == b'"}'
+            and b"\n" not in datagram
+            and b"\r" not in datagram
+            and hmac.compare_digest(key.code(datagram[:begins]), code)
+        ):
+            return key
+        return _why(keys, datagram, begins)
+
+
+def _why(keys: Keys, datagram: bytes, begins: int) -> str:
+    tail = _TAIL.fullmatch(datagram, begins) if begins >= 0 else None
+    if tail is None or b"\n" in datagram or b"\r" in datagram:  # of two lines the log would make two
+        return UNSIGNED
+    return BAD_SIGNATURE if tail[1] in keys else UNKNOWN_KEY
+
+
+def signature_of(datagram: bytes) -> bytes:
+    """The signature of a signed datagram, with its key id: no two datagrams have the same."""
+    return datagram[datagram.rindex(_BEGINS) + len(_BEGINS) : -2]
