@@ -75,6 +75,7 @@ class Config:
     history: int
     allowed_sources: tuple[Network, ...]  # empty = all
     receive_buffer: int
+    ready_after_ms: int
     http_idle_timeout_s: int
     http_tokens_file: str | None  # None = everybody may read
     allowed_origins: tuple[str, ...]  # of web pages; empty = none, ANY_ORIGIN in it = all
@@ -230,6 +231,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("RECEIVE_BUFFER", "receive_buffer", "8388608",
             "a whole number of bytes from 1 to 1073741823",
             "bytes of kernel receive buffer asked for; what was granted is reported", _whole_number(1, 2**30 - 1)),
+    Setting("READY_AFTER", "ready_after_ms", "0",
+            f"a whole number of milliseconds from 0 to {_DAY_MS}",
+            "ms after the start before `/readyz` says ready: beside another gateway, the time in which the engines are"
+            " heard from again", _whole_number(0, _DAY_MS)),
     Setting("HTTP_IDLE_TIMEOUT", "http_idle_timeout_s", "650",
             "a whole number of seconds from 1 to 86400",
             "seconds for which an idle HTTP connection is kept: longer than balancers keep theirs, so that they close"

@@ -384,3 +384,8 @@ class StateGateway:
     def is_ready(self) -> bool:
         """Whether everything is open and nothing is stopping."""
         return self._threads.is_running
+
+    def ready_in_ms(self) -> int:
+        """How much of READY_AFTER is left: until then readers are better served by another gateway."""
+        up_ms = int((self._clock() - self._started_at) * 1000)
+        return max(0, self.config.ready_after_ms - up_ms)

@@ -98,6 +98,9 @@ class Gateway(Protocol):
     def is_ready(self) -> bool:
         """Whether everything is open and nothing is stopping."""
 
+    def ready_in_ms(self) -> int:
+        """How much of READY_AFTER is left."""
+
 
 class Query:
     """Answers questions by path; for one thread at a time."""
@@ -279,8 +282,12 @@ class Query:
         return json_answer(document, 503 if stuck else 200)
 
     def _readyz(self, _: Question) -> Answer:
-        ready = self._gateway.is_ready()
-        return json_answer({"status": "ready" if ready else "not ready: starting or stopping"}, 200 if ready else 503)
+        if not self._gateway.is_ready():
+            return json_answer({"status": "not ready: starting or stopping"}, 503)
+        wait_ms = self._gateway.ready_in_ms()
+        if wait_ms:
+            return json_answer({"status": f"not ready: for another {wait_ms} ms, by READY_AFTER"}, 503)
+        return json_answer({"status": "ready"})
 
     def _openapi(self, _: Question) -> Answer:
         return self._openapi_answer

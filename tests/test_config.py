@@ -48,6 +48,7 @@ class Defaults(unittest.TestCase):
                 history=100,
                 allowed_sources=(),
                 receive_buffer=8388608,
+                ready_after_ms=0,
                 http_idle_timeout_s=650,
                 http_tokens_file=None,
                 allowed_origins=(),

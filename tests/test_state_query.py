@@ -42,6 +42,7 @@ class AnyGateway:
     def __init__(self) -> None:
         self.moving = {"udp-listener": True, "reaper": True}
         self.ready = True
+        self.wait_ms = 0
         self.waiting: list[Callable[[], object]] = []  # what has arrived and is not taken yet
 
     def get_events(self, since_ms: int = 0) -> list[dict[str, Any]]:
@@ -65,6 +66,9 @@ class AnyGateway:
 
     def is_ready(self) -> bool:
         return self.ready
+
+    def ready_in_ms(self) -> int:
+        return self.wait_ms
 
 
 class QueryCase(unittest.TestCase):
@@ -315,6 +319,14 @@ class Health(QueryCase):
         self.get("/readyz")
         self.gateway.ready = False
         self.get("/readyz", 503)
+
+    def test_ready_after(self) -> None:
+        """Until READY_AFTER is over it says for how long; whoever asks for engines is answered all the same."""
+        self.gateway.wait_ms = 1500
+        self.assertIn("1500 ms", self.get("/readyz", 503)["status"])
+        self.get("/engines")
+        self.gateway.wait_ms = 0
+        self.assertEqual(self.get("/readyz"), {"status": "ready"})
 
     def test_version(self) -> None:
         self.assertEqual(self.get("/version"), {"version": "1.2.3"})
