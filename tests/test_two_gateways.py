@@ -78,7 +78,7 @@ class Kubernetes(unittest.TestCase):
         (container,) = pod_of(self.deployment)["containers"]
         self.assertEqual(container["readinessProbe"]["httpGet"]["path"], "/readyz")
         self.assertEqual(container["startupProbe"]["httpGet"]["path"], "/livez")
-        look_up_ms = engine_agent.LOOKUP_S * 1000
+        look_up_ms = engine_agent.LOOK_UP_EVERY_S * 1000
         config = read_config(self.settings)
         self.assertEqual(unknown_variables(self.settings), [])
         self.assertGreaterEqual(config.ready_after_ms, look_up_ms + 5000 + 2000)  # a DNS's memory; a heartbeat's period
