@@ -100,6 +100,7 @@ MAX_ID_CHARS = 1024
 MAX_ENGINES = 1_000_000  # of one gateway
 MAX_INTEGER = 2**53
 READ_BYTES = 65536
+LINES_AT_A_TIME = 64  # of a snapshot
 RECEIVE_BUFFER = 512 * 1024  # what waits longer than that is replaced at the gateway by what is newer
 
 
@@ -252,6 +253,25 @@ def _parse_all_json(texts: list[str]) -> list[Any]:
 def _ms(seconds: float) -> int:
     """Whole ms, for what is a whole number but for the rounding of floats, too."""
     return max(0, int(seconds * 1000 + 0.001))
+
+
+def _parse_snapshot(text: str) -> Any:
+    """The document of a snapshot, a piece at a time, so that a large fleet holds up no other thread for long.
+
+    Gateways write it with an engine a line, where other threads can have their turn; any other JSON is as good.
+    """
+    lines = text.split("\n")
+    if len(lines) > 2 * LINES_AT_A_TIME:
+        try:
+            document = _parse_json(lines[0] + lines[-1])
+            engines = document["engines"]
+            for start in range(1, len(lines) - 1, LINES_AT_A_TIME):
+                piece = "".join(lines[start : min(start + LINES_AT_A_TIME, len(lines) - 1)])
+                engines.update(_parse_json("{" + piece.strip().removeprefix(",").removesuffix(",") + "}"))
+            return document
+        except (StreamError, LookupError, TypeError, AttributeError, ValueError):
+            pass  # it is written in another way
+    return _parse_json(text)
 
 
 class Entry:
@@ -832,7 +852,11 @@ class _Follower:
         events = [event for event in events if event[0] in _KINDS]  # others are of a newer gateway
         changes: list[_Change] = []
         clock_s = None
-        for (kind, _, began_at), document in zip(events, _parse_all_json([event[1] for event in events]), strict=True):
+        if any(event[0] == _SNAPSHOT for event in events):
+            documents = [_parse_snapshot(data) if kind == _SNAPSHOT else _parse_json(data) for kind, data, _ in events]
+        else:
+            documents = _parse_all_json([event[1] for event in events])
+        for (kind, _, began_at), document in zip(events, documents, strict=True):
             if kind == _SNAPSHOT:
                 self._table._apply(gateway, changes)
                 changes = []
@@ -1251,7 +1275,8 @@ class EngineTable:
     def fleet(self) -> dict[str, Any]:
         """How many engines are live, stale, unavailable and usable, and sums over the usable ones, as /engines has it.
 
-        Unknown values (-1, capacity 0) are left out of the sums; `engines` is the number behind each.
+        Unknown values (-1, capacity 0) are left out of the sums; `engines` is the number behind each. Modes and phases
+        are of those that are not stale; no phase counts as serving.
         """
         now = self._clock()
         counts = {LIVE: 0, UNAVAILABLE: 0, STALE: 0, "usable": 0}
@@ -1264,12 +1289,12 @@ class EngineTable:
                 counts[STALE] += 1
                 continue
             counts[LIVE if entry._available else UNAVAILABLE] += 1
-            if fields.get("phase") is not None:
-                phases[fields["phase"]] = phases.get(fields["phase"], 0) + 1
+            phase = fields.get("phase") or "serving"
+            phases[phase] = phases.get(phase, 0) + 1
+            modes[fields["scheduling_mode"]] = modes.get(fields["scheduling_mode"], 0) + 1
             if not (entry._available and entry._load_known):
                 continue
             counts["usable"] += 1
-            modes[fields["scheduling_mode"]] = modes.get(fields["scheduling_mode"], 0) + 1
             for field, total in sums.items():
                 if fields[field] > 0 or (fields[field] == 0 and field != "engine_capacity"):
                     total["sum"] += fields[field]
@@ -1986,9 +2011,9 @@ class _View:
         rate = self._gauge.states_per_second() if self._gauge else None
         texts: list[Styled] = [(f"{fleet[LIVE]} live, {fleet['usable']} usable", "bold")]
         texts += [(f", {fleet[name]} {name}", _STATUS_STYLES[name]) for name in (STALE, UNAVAILABLE) if fleet[name]]
-        texts.append((f"   {_number(sums['pending_tokens_total']['sum'])} tokens pending   KV {kv} in use", ""))
+        texts.append((f"  pending {_number(sums['pending_tokens_total']['sum'])}  KV {kv}", ""))
         if rate is not None:
-            texts.append((f"   {rate:,.0f} states/s", ""))
+            texts.append((f"  {rate:,.0f} states/s", ""))
         gateways = self._table.gateways()
         names = ", ".join(f"{one.url}{'' if one.connected else ' (not followed)'}" for one in gateways)
         lines = [_cut(texts, width), _cut([(names, "" if any(g.connected for g in gateways) else "red")], width)]

@@ -519,6 +519,27 @@ class Freshness(TableCase):
         gateway.say(gateway.event("snapshot", gateway.snapshot()))
         wait_until("a to be gone", lambda: self.ids(table.entries()) == {"b"})
 
+    def test_a_large_snapshot_is_read_however_it_is_written(self) -> None:
+        engines = {str(n): {"engine_id": str(n), "extra": {"a": "},\\n"}} for n in range(500)}
+        document = {"instance": "i", "fleet": {"live": 2}, "engines": engines}
+        lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in engines.items()]
+        head = json.dumps({**document, "engines": {}})[:-2]
+        as_gateways_write_it = "\n, ".join(["\n".join([head, lines[0]]), *lines[1:]]) + "\n}}"
+        for text in (
+            as_gateways_write_it,
+            "\n".join([head, ",\n".join(lines), "}}"]),
+            json.dumps(document),
+            json.dumps(document, indent=1),
+            json.dumps(document).replace(", ", ",\n"),
+        ):
+            self.assertEqual(engine_table._parse_snapshot(text), document)
+        for wrong in ("\n".join([head, *lines, "}}"]), as_gateways_write_it + "}", as_gateways_write_it[:-1]):
+            with self.assertRaises(StreamError):
+                engine_table._parse_snapshot(wrong)
+        with mock.patch.object(engine_table, "_parse_json", wraps=engine_table._parse_json) as parse:
+            engine_table._parse_snapshot(as_gateways_write_it)
+        self.assertLess(max(len(call.args[0]) for call in parse.mock_calls), len(as_gateways_write_it) / 5)
+
     def test_it_goes_on_where_it_left_off(self) -> None:
         gateway = self.gateway("a")
         table = self.table(gateway)
@@ -819,7 +840,8 @@ class Choosing(TableCase):
         self.assertEqual(fleet["sums"]["pending_tokens_total"], {"sum": 12, "engines": 2})
         self.assertEqual(fleet["sums"]["kv_cache_free_blocks"], {"sum": 100, "engines": 1})
         self.assertEqual(fleet["sums"]["engine_capacity"], {"sum": 1000.0, "engines": 1})
-        self.assertEqual(fleet["phases"], {"serving": 1, "sleeping": 1})
+        self.assertEqual(fleet["phases"], {"serving": 3, "sleeping": 1})
+        self.assertEqual(fleet["scheduling_modes"], {"latency_optimized": 4})
 
 
 class Changes(TableCase):

@@ -66,7 +66,7 @@ class Shown(TableCase):
 
     def test_the_fleet_is_in_the_first_line(self) -> None:
         lines = self.text(self.view(self.fleet()))
-        self.assertEqual(lines[0], "3 live, 2 usable, 1 stale, 1 unavailable   5000 tokens pending   KV 82% in use")
+        self.assertEqual(lines[0], "3 live, 2 usable, 1 stale, 1 unavailable  pending 5000  KV 82%")
         self.assertEqual(lines[2], "nothing is wrong")
 
     def test_an_engine_is_a_line_and_what_is_unknown_is_a_dash(self) -> None:
