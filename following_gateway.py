@@ -7,11 +7,11 @@ that gateway is gone, one of those that followed it takes its place, with what i
 from __future__ import annotations
 
 import errno
-import http.client
 import json
 import logging
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -30,9 +30,12 @@ logger = logging.getLogger("elrar.gateway")
 
 ASK_TIMEOUT_S = 0.1  # for which a router waits until it is known who has the port
 STATS_TIMEOUT_S = 1.0
+MAX_ANSWER_BYTES = 1024 * 1024
 LOOK_S = 0.05  # between two looks whether it is still followed
 DAEMON_GONE_S = 10.0  # of a free port, after which a daemon is not expected to come back to it
 STOP_TIMEOUT_S = 1.0
+
+_SIGNS_OF_LIFE = ("age_ms", "status", "source")  # what a heartbeat tells nevertheless
 
 
 def follow(config: Config, error: StartError) -> FollowingGateway:
@@ -51,7 +54,7 @@ def follow(config: Config, error: StartError) -> FollowingGateway:
         document = other.ask("/version", ASK_TIMEOUT_S)
         if not isinstance(document.get("version"), str):
             raise ValueError(f"its answer is {document!r}")
-    except (OSError, http.client.HTTPException, ValueError, AttributeError) as why:
+    except (OSError, ValueError, AttributeError) as why:
         raise StartError(
             f"{error}. Asked at {other.url}/version, it is no gateway that could be followed: {why}"
         ) from error
@@ -72,17 +75,29 @@ class _OtherGateway:
         self.token = tokens[0].decode() if tokens else None
 
     def ask(self, path: str, timeout_s: float) -> Any:
-        """A JSON document of it; raises OSError, HTTPException or ValueError."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
-        try:
-            connection.request("GET", path, headers={"Authorization": f"Bearer {self.token}"} if self.token else {})
-            response = connection.getresponse()
-            text = response.read()
-            if response.status != 200:
-                raise ValueError(f"{response.status} {text[:200]!r}")
-            return json.loads(text)
-        finally:
-            connection.close()
+        """A JSON document of it; raises OSError or ValueError. All of it takes `timeout_s` at most.
+
+        Not http.client, whose timeout is for each read: whoever has the port may send a byte at a time.
+        """
+        deadline = time.monotonic() + timeout_s
+        lines = [f"GET {path} HTTP/1.1", f"Host: {format_address(self.host, self.port)}", "Connection: close"]
+        if self.token:
+            lines.append(f"Authorization: Bearer {self.token}")
+        received = bytearray()
+        with socket.create_connection((self.host, self.port), timeout_s) as sock:
+            sock.sendall("\r\n".join([*lines, "", ""]).encode())
+            while True:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                piece = sock.recv(65536)
+                if not piece:
+                    break
+                received += piece
+                if len(received) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+                    raise TimeoutError(f"no whole answer within {timeout_s:g} s and {MAX_ANSWER_BYTES} bytes")
+        head, _, body = bytes(received).partition(b"\r\n\r\n")
+        if not re.match(rb"HTTP/1\.[01] 200 ", head):
+            raise ValueError(repr(head[:200]))
+        return json.loads(body)
 
     def has_gone(self) -> bool:
         """Whether nobody listens there."""
@@ -166,7 +181,7 @@ class FollowingGateway:
         try:
             self._other_is_embedded = self._other.ask("/version", STATS_TIMEOUT_S).get("embedded") is True
             self._stats = self._other.ask("/stats", STATS_TIMEOUT_S)
-        except (OSError, http.client.HTTPException, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError):
             return  # asked again at the next look
         self._instance = instance
 
@@ -255,19 +270,30 @@ class FollowingGateway:
     def get_engine_snapshot(self) -> dict[str, dict[str, Any]]:
         """The entries as /engines has them, all of them; raises RuntimeError as above."""
         self._refuse_if_gone()
+        snapshot = {entry.engine_id: entry.as_dict() for entry in self._remembered()}
         own = {} if self._own is None else self._own.get_engine_snapshot()
-        return {**{entry.engine_id: entry.as_dict() for entry in self._remembered()}, **own}
+        for engine_id, fields in own.items():
+            known = snapshot.get(engine_id)
+            # One that has just been started may hear a busy engine's heartbeat first: the load that is known stays.
+            if known and fields["heartbeat"] and not known["heartbeat"] and self._is_fresh(known):
+                snapshot[engine_id] = {**known, **{name: fields[name] for name in _SIGNS_OF_LIFE}}
+            else:
+                snapshot[engine_id] = fields
+        return snapshot
+
+    def _is_fresh(self, fields: dict[str, Any]) -> bool:
+        return bool(fields["state_age_ms"] <= self.config.stale_threshold_ms)
 
     def get_engine_state(self, engine_id: str) -> EngineState | None:
         """The state of one engine, live or stale, or None where it is not known; raises RuntimeError as above."""
         self._refuse_if_gone()
-        state = None if self._own is None else self._own.get_engine_state(engine_id)
-        if state is not None:
-            return state
-        for entry in self._remembered(engine_id):
-            fields = entry.as_dict()
-            return EngineState(**{field: fields[field] for field in FIELD_NAMES})
-        return None
+        if self._own is not None and self._table is None:
+            return self._own.get_engine_state(engine_id)
+        if self._own is None:
+            fields = next((entry.as_dict() for entry in self._remembered(engine_id)), None)
+        else:  # for as long as something is remembered
+            fields = self.get_engine_snapshot().get(engine_id)
+        return None if fields is None else EngineState(**{field: fields[field] for field in FIELD_NAMES})
 
     def get_active_engines_count(self) -> int:
         """How many engines are live; raises RuntimeError as above."""
@@ -287,7 +313,7 @@ class FollowingGateway:
             return self._own.get_stats()
         try:
             self._stats = self._other.ask("/stats", STATS_TIMEOUT_S)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:
             if not self._stats:
                 raise RuntimeError(f"the state gateway at {self._other.url} does not answer: {error}") from None
         return json.loads(json.dumps(self._stats))  # type: ignore[no-any-return]

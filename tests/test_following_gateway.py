@@ -31,6 +31,7 @@ from tests.harness import (
     daemon,
     datagram,
     free_port,
+    heartbeat,
     wait_until,
 )
 
@@ -133,6 +134,54 @@ class InOneProcess(unittest.TestCase):
             self.assertEqual(gateway.get_stats()["total_received"], 1)
             self.assertEqual(gateway.get_engine_states_dict().keys(), {"a", "b"})
             self.assertIs(self.get(), gateway)
+
+    def test_a_heartbeat_that_comes_first_hides_no_load_that_is_known(self) -> None:
+        with mock.patch.object(following_gateway, "DAEMON_GONE_S", 0.2):
+            with daemon(**self.settings) as running:
+                running.send(datagram(engine_id="busy"))
+                gateway = self.get()
+                wait_until("it to be known", gateway.get_total_engines_count)
+            wait_until("its place to be taken", lambda: gateway._own)
+        assert gateway._own is not None
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(heartbeat(engine_id="busy", timestamp_ms=9_999_999_999), ("127.0.0.1", self.port))
+            wait_until("the heartbeat", gateway._own.get_total_engines_count)
+            busy = gateway.get_engine_snapshot()["busy"]
+            self.assertEqual((busy["pending_tokens_total"], busy["heartbeat"], busy["status"]), (10, False, "live"))
+            self.assertEqual(busy["age_ms"], min(busy["age_ms"], busy["state_age_ms"]))
+            state = gateway.get_engine_state("busy")
+            assert state is not None
+            self.assertEqual(state.pending_tokens_total, 10)
+            sock.sendto(
+                datagram(engine_id="busy", timestamp_ms=9_999_999_999 + 1, pending_tokens_total=3),
+                ("127.0.0.1", self.port),
+            )
+            wait_until("its load", lambda: gateway.get_engine_states_dict()["busy"]["pending_tokens_total"] == 3)
+
+    def test_one_that_answers_a_byte_at_a_time_holds_up_nobody(self) -> None:
+        ended = threading.Event()
+
+        def trickle(listener: socket.socket) -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                while not ended.wait(0.02):
+                    connection.sendall(b"H")
+
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,
+            socket.create_server(("127.0.0.1", self.port)) as listener,
+        ):
+            other.bind(("127.0.0.1", self.port))
+            thread = threading.Thread(target=trickle, args=(listener,))
+            thread.start()
+            try:
+                with self.assertRaisesRegex(
+                    StartError, "in use.*it is no gateway.*(no whole answer within 0.1 s|timed out)"
+                ):
+                    self.get()
+            finally:
+                ended.set()
+                thread.join()
 
     def test_the_error_says_so_where_there_is_nobody_to_follow(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
