@@ -516,7 +516,8 @@ class InChromium(unittest.TestCase):
               const place = document.querySelector("#announcement");
               new MutationObserver(() => said.push(place.textContent)).observe(place, { childList: true });""")
             running.send(b"junk", datagram(engine_id="good"))
-            self.wait_text("#announcement", r"^Invalid datagrams in the last .*: 1 \(not JSON 1\)\.$")
+            who = r"The last one, .* ago, came from 127\.0\.0\.1:\d+: not_json, in 4 bytes\."
+            self.wait_text("#announcement", rf"^Invalid datagrams in the last .*: 1 \(not JSON 1\)\. {who}$")
             self.browser.run("saidAt -= 60_000")  # so that it may speak again
             running.send(b"junk")
             self.wait_text("#notices", "not JSON 2")
@@ -572,8 +573,8 @@ class InChromium(unittest.TestCase):
             self.assertEqual(self.browser.text("#usable-note"), "not: load unknown 1")
             self.assertEqual(self.browser.text("#work"), "2.0s for the whole fleet")
             self.assertEqual(self.browser.text("#work-note"), "4,000 tokens; 2,000 tokens/s of 2 engines")
-            self.assertEqual(self.browser.text("#kv-most"), "75% b")
-            self.assertEqual(self.browser.text("#work-most"), "3.0s b")
+            self.assertEqual(self.browser.text("#kv-most"), "b 75%")
+            self.assertEqual(self.browser.text("#work-most"), "b 3.0s")
             label = self.browser.run("return document.querySelector('#kv-spread svg').ariaLabel")
             self.assertEqual(label, "2 engines from 50% to 75%; the highest: b")
             self.browser.click("#kv-most")
@@ -585,6 +586,19 @@ class InChromium(unittest.TestCase):
             self.wait_cell("a", "status", "^draining$")
             self.wait_text("#usable-note", "draining 1")
             self.wait_text("#usable", "^2 of 4$")
+
+    def test_language_and_theme_by_the_address_and_what_search_finds(self) -> None:
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id="a", scheduling_mode="Balanced"), datagram(engine_id="b"))
+            self.open(running, "?lang=zh&theme=dark#find=balanced")
+            self.wait_text("#past-heading", "^发生了什么$")
+            ground = self.browser.run("return getComputedStyle(document.body).backgroundColor")
+            self.assertEqual(ground, "rgb(13, 17, 21)")
+            wait_until("the one", lambda: self.names() == ["a"])
+            source = self.cells("a")["source"]
+            self.open(running, f"?lang=en#find={source}")
+            self.wait_text("#past-heading", "^What happened$")
+            wait_until("both, of one source", lambda: self.names() == ["a", "b"])
 
     def test_what_is_seen_is_in_the_address(self) -> None:
         """Filter, sort, range and the open engine stay over a reload, whatever they are called."""
