@@ -177,7 +177,7 @@ class Setting:
 
     name: str  # without the prefix
     field: str  # of Config
-    default: str  # as documented; in parentheses where it is computed from something else
+    default: str  # as documented; in parentheses if it is computed from something else
     accepts: str
     meaning: str
     parse: Callable[[str], object]
@@ -365,7 +365,7 @@ def example_environment() -> str:
     return "\n".join(lines) + "\n"
 
 
-# What the computed defaults are where everything else is at its default, or what they look like.
+# What the computed defaults are if everything else is at its default, or an example of what they look like.
 _COMPUTED_EXAMPLES = {
     "EXPIRE_AFTER": "6000",
     "HTTP_PORT": "9999",

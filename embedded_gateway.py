@@ -27,7 +27,7 @@ _last_failure: tuple[StartError, Mapping[str, str], float] | None = None  # with
 def get_state_gateway() -> StateGateway | FollowingGateway:
     """The one gateway of this process, started from the environment at the first call.
 
-    Where another gateway on this host has the port, it is one that follows that gateway, and takes its place when it is
+    If another gateway on this host has the port, it is one that follows that gateway, and takes its place when it is
     gone. Raises ConfigError or StartError if it cannot be started; a later call tries again, also after `shutdown`, but
     with the same settings not within FAILURE_REMEMBERED_S: a router may ask at each request. It waits for nobody, but
     100 ms to learn who has the port. No signal handler is installed, no logging is configured, any thread may call it.

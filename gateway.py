@@ -116,7 +116,7 @@ class _Exits:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def thread_died(self, name: str) -> None:
-        """Wake the main thread; from any other."""
+        """Tell the main thread that a thread died; may be called from any thread."""
         self._dead.put(name)
         with contextlib.suppress(BlockingIOError):
             self._writer.send(b"\0")
@@ -132,7 +132,7 @@ class _Exits:
         return came
 
     def close(self) -> None:
-        """Ignore the signals from now on: where a handler is left, Python's own end would let the next one kill it."""
+        """Ignore the signals from now on: when Python ends, one that still has a handler would kill the process."""
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -178,7 +178,7 @@ def _run_daemon(config: Config) -> int:
 
 
 def _wait_for_exit(gateway: StateGateway, exits: _Exits, systemd: SystemdNotify) -> set[str]:
-    """Wait for reasons to exit, with a line of statistics now and then, and a sign of life where systemd wants one."""
+    """Wait for reasons to exit; log statistics now and then, and send systemd a sign of life if it wants one."""
     never = float("inf")
     summary_period_s = gateway.config.stats_interval_s or never
     alive_period_s = systemd.watchdog_period_s or never
@@ -225,12 +225,12 @@ def _parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--check-config",
         action="store_true",
-        help="print the effective settings and exit: 0, or 2 where a setting cannot be used",
+        help="print the effective settings and exit: 0, or 2 if a setting cannot be used",
     )
     parser.add_argument(
         "--health-check",
         action="store_true",
-        help="ask the running gateway's /livez and exit: 0 where it is alive, else 1",
+        help="ask the running gateway's /livez and exit: 0 if it is alive, else 1",
     )
     return parser.parse_args(arguments)
 
@@ -259,7 +259,7 @@ def _health_check(config: Config) -> int:
 
 
 def _print(text: str) -> int:
-    """Print what was asked for; returns the exit status, which is 1 where nobody can read it."""
+    """Print what was asked for; returns the exit status: 1 if stdout does not take it."""
     try:
         _write(1, text)
     except OSError:
@@ -273,14 +273,14 @@ def _complain(line: str) -> None:
 
 
 def _write(fd: int, text: str) -> None:
-    """Write a line past Python's own buffers: what they cannot get rid of at the end makes the exit status 120."""
+    """Write straight to the descriptor. A failed flush of sys.stdout at exit would turn the exit status into 120."""
     data = text.encode("utf-8", "backslashreplace") + b"\n"
     while data:
         data = data[os.write(fd, data) :]
 
 
 def _occupy_standard_descriptors() -> None:
-    """Open 0, 1 and 2 where they are closed, so that no socket gets such a number and the log is not sent into it."""
+    """Open 0, 1 and 2 if they are closed: otherwise a socket would get such a number, and the log be written to it."""
     for fd in range(3):
         try:
             os.fstat(fd)

@@ -1,4 +1,4 @@
-"""How the modules find each other where the folder was put into somebody else's package.
+"""How the modules find each other if the folder was put into somebody else's package.
 
 The modules import each other by their plain names (`from config import Config`): that is what scripts, tests and mypy
 want of a flat folder. In `router/services/state_gateway/` it is wrong: there `config` is the router's own module, or

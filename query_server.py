@@ -355,6 +355,10 @@ class QueryServer:
             self._streams.put_last(connection)
             try:
                 has_more = connection.pump()
+            except MemoryError:
+                self._counters.reject("no_descriptor", f"no memory for a stream peer={connection.peer}")
+                self._close(connection)
+                continue
             except Exception:
                 self._counters.record_bug("a stream")
                 self._close(connection)
@@ -570,6 +574,9 @@ class QueryServer:
                 self._counters.reject("made_room", f"peer={spare.peer} for another address")
                 self._close(spare)
                 return self._application.respond(request, connection.network)
+        except MemoryError:
+            self._counters.reject("no_descriptor", f"no memory for the answer target={request.target!r}")
+            return error_answer(503, "the gateway has no memory left for this answer")
         except Exception:
             self._counters.record_bug(f"target={request.target!r}")
             return error_answer(500, "this question met an error in the gateway, which is in its log")

@@ -278,7 +278,7 @@ class StateGateway:
     def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
         """The eight fields of every known engine, live or stale, by engine_id; the caller may change it in place.
 
-        Raises RuntimeError where the gateway was shut down, where one of its threads died, and in a forked child.
+        Raises RuntimeError if the gateway was shut down, if one of its threads died, and in a forked child.
         """
         self._refuse_if_gone()
         return {view.engine_id: view.state.as_dict() for view in self._store.views()}
@@ -289,7 +289,7 @@ class StateGateway:
         return {view.engine_id: entry(view) for view in self._store.views()}
 
     def get_engine_state(self, engine_id: str) -> EngineState | None:
-        """The state of one engine, live or stale, or None where it is not known; raises RuntimeError as above."""
+        """The state of one engine, live or stale, or None if it is not known; raises RuntimeError as above."""
         self._refuse_if_gone()
         view = self._store.view(engine_id)
         return None if view is None else EngineState(**view.state.as_dict())
@@ -305,7 +305,7 @@ class StateGateway:
         return self._store.counts()[1]
 
     def _refuse_if_gone(self) -> None:
-        """Raise where no new state can come any more: an old table must not pass for the present one."""
+        """Raise if no new state can come any more: an old table must not pass for the present one."""
         if self._threads.is_inherited:
             raise RuntimeError("this is the state gateway of the parent process; read it over HTTP, at /engines")
         if self.died_of is not None:

@@ -24,7 +24,7 @@ class SystemdNotify:
         watchdog_us = environ.get("WATCHDOG_USEC", "")
         for_us = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         is_number = watchdog_us.isascii() and watchdog_us.isdigit() and len(watchdog_us) < 20
-        # A third of what is allowed, so that one that comes late does no harm; None where nobody watches.
+        # A third of what is allowed, so that a late sign of life does no harm; None if nobody watches.
         self.watchdog_period_s = (
             int(watchdog_us) / 3e6 if self._address and for_us and is_number and int(watchdog_us) else None
         )

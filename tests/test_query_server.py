@@ -64,6 +64,8 @@ class AnyApplication:
             return STREAMS[-1]
         if request.target == "/bug":
             raise ZeroDivisionError("a bug")
+        if request.target == "/memory":
+            raise MemoryError
         return Answer(200, json.dumps({"target": request.target}).encode())
 
     def is_probe(self, request: Request) -> bool:
@@ -290,6 +292,13 @@ class Refusals(ServerCase):
         with self.assertLogs("elrar.http", "ERROR") as logged:
             self.assertEqual(self.ask(b"GET /bug HTTP/1.1\r\nHost: a\r\n\r\n")[0], 500)
         self.assertIn("ZeroDivisionError", logged.output[0])
+
+    def test_no_memory(self) -> None:
+        """An answer that has no room in memory is 503, is counted, and has no traceback: it is no bug."""
+        with self.assertLogs("elrar.http", "WARNING") as logged:
+            self.assertEqual(self.ask(b"GET /memory HTTP/1.1\r\nHost: a\r\n\r\n")[0], 503)
+        self.assertIn("no memory for the answer target='/memory'", logged.output[0])
+        self.assertNotIn("Traceback", logged.output[0])
 
 
 class Deadlines(ServerCase):
