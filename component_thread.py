@@ -5,6 +5,7 @@ Components have loops; only the gateway has threads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -17,7 +18,8 @@ from config import PREFIX
 from pause_meter import PauseMeter
 from sockets import SocketLost
 
-MEMORY_RESERVE_BYTES = 16 * 1024 * 1024
+MEMORY_RESERVE_PIECE_BYTES = 4 * 1024 * 1024
+MEMORY_RESERVE_PIECES = 6  # one for each thread, and one for the end
 
 STOP_S = 4.6  # that all threads have for their end together, of the 5 s that a supervisor is promised
 
@@ -27,20 +29,20 @@ logger = logging.getLogger("elrar.gateway")
 class MemoryReserve:
     """Address space that is given back when there is no more memory, so that the gateway can still stop in order.
 
-    It is never written to, and so takes no memory but the permission for it.
+    It is never written to, and so takes no memory but the permission for it. It is given back in pieces: while one
+    thread ends for want of memory, another may take what was given back.
     """
 
     def __init__(self) -> None:
-        self._held: mmap.mmap | None
-        try:
-            self._held = mmap.mmap(-1, MEMORY_RESERVE_BYTES)
-        except OSError:  # then the gateway has not even that much
-            self._held = None
+        self._held: list[mmap.mmap] = []
+        with contextlib.suppress(OSError):  # if the gateway has not even that much
+            for _ in range(MEMORY_RESERVE_PIECES):
+                self._held.append(mmap.mmap(-1, MEMORY_RESERVE_PIECE_BYTES))
 
     def release(self) -> None:
-        """Give it back; from any thread, twice is harmless."""
-        if self._held is not None:
-            self._held.close()
+        """Give one piece back, if there is one left; from any thread."""
+        with contextlib.suppress(IndexError):
+            self._held.pop().close()
 
 
 memory_reserve = MemoryReserve()  # one for the process: that is who has too little
@@ -96,18 +98,26 @@ class ComponentThread:
             failed = False
         except MemoryError:
             memory_reserve.release()
-            logger.critical(
-                "no more memory, so the gateway ends: raise the limit on it (`ulimit -v`, MemoryMax= of systemd, that"
-                " of a container), or lower %sMAX_ENGINES and %sHISTORY thread=%s",
-                PREFIX,
-                PREFIX,
-                self.name,
-            )
+            with contextlib.suppress(MemoryError):
+                self._log_no_memory()
         except SocketLost as error:
             logger.critical("%s thread=%s", error, self.name)
         except BaseException:
             logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
-        self._on_end(self.name, failed)
+        try:
+            self._on_end(self.name, failed)
+        except MemoryError:  # a gateway whose thread has died must not stay
+            memory_reserve.release()
+            self._on_end(self.name, failed)
+
+    def _log_no_memory(self) -> None:
+        logger.critical(
+            "no more memory, so the gateway ends: raise the limit on it (`ulimit -v`, MemoryMax= of systemd, that of a"
+            " container), or lower %sMAX_ENGINES and %sHISTORY thread=%s",
+            PREFIX,
+            PREFIX,
+            self.name,
+        )
 
     def is_making_progress(self, clock: PauseMeter) -> bool:
         """Whether the thread is alive and has lately got round to its loop, pauses of the whole process aside."""

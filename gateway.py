@@ -169,7 +169,8 @@ def _run_daemon(config: Config) -> int:
             systemd.stopping(f"stopping, {why}")
         finally:
             gateway.shutdown()
-        logger.info("stopped %s", _summary(gateway.get_stats()))
+        with contextlib.suppress(MemoryError, OverflowError):  # after a thread that had no memory left half an engine
+            logger.info("stopped %s", _summary(gateway.get_stats()))
         return 0 if gateway.died_of is None else 1
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # one that comes now must not change the exit status

@@ -251,13 +251,20 @@ class StateGateway:
 
     def _end_log(self, log: StateLog, ended: bool) -> None:
         if ended:
-            stats = self.get_stats()
-            stopped = {name: stats[name] for name in FINAL_COUNTERS}
+            stopped = self._final_counters()
             given_up = log.end("gateway_stopped", f"network mode: {self.config.network_mode}, stopped", **stopped)
         else:
             given_up = log.give_up()  # its disk hangs
         if given_up:
             logger.error("gave up on states that could not be written states=%d file=%s", given_up, log.path)
+
+    def _final_counters(self) -> dict[str, Any]:
+        try:
+            stats = self.get_stats()
+        except (MemoryError, OverflowError):  # a thread that had no memory left half an engine
+            memory_reserve.release()
+            return {}
+        return {name: stats[name] for name in FINAL_COUNTERS}
 
     def close_descriptors(self) -> None:
         """Close the descriptors that a forked child has of its parent's gateway; takes no lock, writes nothing."""
