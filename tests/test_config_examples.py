@@ -450,7 +450,7 @@ class StockEngines(unittest.TestCase):
 
     def test_the_line_that_makes_the_config_map_names_what_is_there(self) -> None:
         text = (ENGINES / "vllm-plugin.yaml").read_text(encoding="utf-8")
-        (line,) = re.findall(r"^#  +(kubectl .*)$", text, re.MULTILINE)
+        (line,) = re.findall(r"^#  +(kubectl .*)$", text.replace("\\\n#", ""), re.MULTILINE)
         keys = set()
         for path in re.findall(r"--from-file=(\S+)", line):
             found = TOP / path
