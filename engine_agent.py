@@ -4,6 +4,10 @@
 One file, standard library only. It runs inside vLLM as a plugin (group `vllm.stat_logger_plugins`), as a sidecar beside
 any engine that it knows (`--engine URL`), or without an engine (`--simulate`, `--replay`). Whatever happens to it, the
 engine goes on.
+
+The file in its order, which is that of the data turned round: the datagram; settings; the sender; what is seen of an
+engine and what of it is proven (Prover, Meter); what is said and when (PhaseJudge, Reporter, Agent); a simulated fleet
+and a log sent again; asking over HTTP; an adapter for each kind of engine; the sidecar and --check; the plugin; main().
 """
 
 from __future__ import annotations
