@@ -1,43 +1,52 @@
-"""The fleet in one look: how many engines are in which condition, and the sums of the load of those that are usable."""
+"""What all engines are together: how many of each status, phase and mode, and the sums of what the usable ones have."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from engine_state import FIELDS, Field
-from staleness import LIVE, STALE
-from state_record import decode_record
-from state_store import EngineView
-
-_COLUMNS = {field.name: at - 1 for at, field in enumerate(FIELDS)}  # of a decoded record
-_SUMMED = tuple(field for field in FIELDS if field.summed)
-_MODE = next(field for field in FIELDS if field.name == "scheduling_mode")
+from engine_state import SERVING, unquote_json
+from engine_view import Row
+from staleness import Freshness
+from state_record import MODE_COLUMN, SUMMED_COLUMNS, columns_of
 
 
-def fleet_document(views: Sequence[EngineView]) -> dict[str, Any]:
-    """The fleet as it is at /stats and /samples, of every engine as it was at one moment.
+def fleet_document(now: float, rows: Sequence[Row], freshness: Freshness) -> dict[str, Any]:
+    """The document `fleet` of /engines and /stats, of the engines in `rows` at a moment (monotonic s).
 
     The sums are over usable engines, which are live and whose load is known; of each the number of engines behind it,
-    since an engine that does not know its own value is left out. `scheduling_modes` are those of usable engines.
+    since an engine that does not know its own value is left out. `scheduling_modes` are those of usable engines,
+    `phases` those of all that are not stale; no phase counts as serving.
     """
-    statuses = Counter(view.status for view in views)
-    usable = [view.visible[0] for view in views if view.status == LIVE and not view.heartbeat]
-    columns = list(zip(*map(decode_record, usable), strict=True)) or [()] * len(FIELDS)
-    modes = Counter(columns[_COLUMNS[_MODE.name]])
+    live_since = freshness.live_since(now)
+    heard = [visible for _, _, visible, heard_at in rows if heard_at > live_since]
+    phases = Counter([visible[4][0] or SERVING for visible in heard])
+    serving = phases[SERVING]
+    usable = [record for record, heartbeat, _, _, about in heard if not heartbeat and (about[0] or SERVING) == SERVING]
+    columns = columns_of(usable)
     return {
-        "live": statuses[LIVE],
-        "unavailable": len(views) - statuses[LIVE] - statuses[STALE],
-        "stale": statuses[STALE],
+        "live": serving,
+        "unavailable": len(heard) - serving,
+        "stale": len(rows) - len(heard),
         "usable": len(usable),
-        "sums": {field.name: _sum(field, columns[_COLUMNS[field.name]]) for field in _SUMMED},
-        "scheduling_modes": {str(_MODE.decode(text)): count for text, count in modes.most_common()},
-        "phases": {},
+        "sums": _sums(columns),
+        "scheduling_modes": _counts(columns[MODE_COLUMN]),
+        "phases": _counts(+phases),
     }
 
 
-def _sum(field: Field, texts: Sequence[bytes]) -> dict[str, Any]:
-    known = [value for value in map(field.decode, texts) if value != field.unknown]
-    return {"sum": min(sum(known), sys.float_info.max), "engines": len(known)}  # infinity is no JSON
+def _sums(columns: Sequence[Sequence[bytes]]) -> dict[str, dict[str, float]]:
+    sums = {}
+    for at, field in SUMMED_COLUMNS:
+        values = list(map(field.decode, columns[at]))
+        if field.unknown is not None:
+            values = [value for value in values if value != field.unknown]
+        sums[field.name] = {"sum": min(sum(values), sys.float_info.max), "engines": len(values)}  # infinity is no JSON
+    return sums
+
+
+def _counts(texts: Iterable[bytes]) -> dict[str, int]:
+    counts = texts if isinstance(texts, Counter) else Counter(texts)
+    return {unquote_json(text): count for text, count in counts.items()}

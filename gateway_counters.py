@@ -20,6 +20,7 @@ OUT_OF_ORDER = "out_of_order"
 REJECTED_CAPACITY = "rejected_capacity"
 REJECTED_SOURCE = "rejected_source"
 INVALID = "invalid"
+FAREWELL = "farewell"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Outcome:
     @property
     def is_valid(self) -> bool:
         """Whether it is counted in `valid_states`."""
-        return self.heard
+        return self.heard or self.name == FAREWELL
 
 
 # In the order in which they are asked.
@@ -44,13 +45,19 @@ OUTCOMES = (
     Outcome(REJECTED_SOURCE, "rejected_source", "the sender is not in `ALLOWED_SOURCES`", "no", False, False),
     Outcome(INVALID, "invalid_states", "it is no valid state; `invalid_reasons` says why", "no", False, False),
     Outcome(
+        FAREWELL, "farewells", "its `phase` is `gone`, and it is not late", "the engine is removed at once", True, False
+    ),
+    Outcome(
         REJECTED_CAPACITY, "rejected_capacity", "a new engine, and `MAX_ENGINES` are known", "no", False, False
     ),
     Outcome(
-        DUPLICATE, "duplicates", "the same eight fields as the last one of this live engine", "unchanged", False, True
+        DUPLICATE, "duplicates",
+        "the same again from this live engine: the eight fields, `phase` and further ones, or `boot` and `seq`",
+        "unchanged", False, True,
     ),
     Outcome(
-        OUT_OF_ORDER, "out_of_order", "older than the newest of this live engine, by up to the stale threshold",
+        OUT_OF_ORDER, "out_of_order",
+        "older than the newest of this live engine: by its `seq`, or by its timestamp, by up to the stale threshold",
         "unchanged", True, True,
     ),
     Outcome(
@@ -80,7 +87,13 @@ class Counter:
 
 # What the store counts besides outcomes.
 ENGINE_COUNTERS = (
+    Counter("conflicting_ids", "conflicting_ids", "Engine ids that several senders use now", "gauge"),
     Counter("expired_engines", "engines_expired_total", "Engines removed because they fell silent"),
+    Counter("restarts", "restarts_total", "Restarts: a boot never seen before of an engine that is known, or,"
+            " without one, a timestamp lower by more than the stale threshold"),
+    Counter("sequence_gap_states", "sequence_gap_states_total", "Datagrams that were missing when a later one came"),
+    Counter("late_states", "late_states_total", "Datagrams of those that came after all"),
+    Counter("ignored_fields", "ignored_fields_datagrams_total", "Datagrams with a field that is not kept"),
 )  # fmt: skip
 COUNTERS = (
     Counter("uptime_s", "uptime_seconds", "Time since the gateway started", "gauge"),
@@ -122,6 +135,7 @@ FINAL_COUNTERS = (
     "valid_states",
     *(outcome.counter for outcome in OUTCOMES if outcome.counter is not None),
     *(counter.name for counter in ENGINE_COUNTERS),
+    "lost_states",
     "invalid_reasons",
     "kernel_dropped",
 )
@@ -178,6 +192,7 @@ class DatagramCounters:
             "valid_rate": valid / received if received else 0.0,
             **{outcome.counter: counts[outcome.name] for outcome in OUTCOMES if outcome.counter is not None},
             **self._engines,
+            "lost_states": self._engines["sequence_gap_states"] - self._engines["late_states"],
             "invalid_reasons": self._invalid.copy(),
             "last_received": self._last_received_s,
         }

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 LIVE = "live"
 STALE = "stale"
+UNAVAILABLE = "unavailable"  # live, and says itself that it is not to be sent requests
+STATUSES = (LIVE, UNAVAILABLE, STALE)
 
 
 def age_ms(now: float, then: float) -> int:
@@ -38,6 +40,10 @@ class Freshness:
     def live_since(self, now: float) -> float:
         """Engines that were heard from after this moment are live, the others are stale."""
         return self.judged_at(now) - self._stale_s
+
+    def stale_at(self, heard_at: float) -> float:
+        """The first moment at which an engine that was heard from then is stale."""
+        return heard_at + self._stale_s
 
     def is_live(self, silence_ms: int) -> bool:
         """Whether an engine is live that was silent for so long at the moment of `judged_at`."""

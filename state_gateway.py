@@ -21,13 +21,14 @@ from config import MODES, Config, ConfigError
 from engine_state import EngineState
 from fleet_events import GATEWAY_STARTED, PAUSED, FleetEvents
 from fleet_samples import FleetSamples
-from fleet_summary import fleet_document
 from gateway_counters import FINAL_COUNTERS, section
 from late_query_server import LateQueryServer
 from log_file import standard_stream
+from own_addresses import is_one_sender
 from pause_meter import PauseMeter
 from query_server import QueryServer, counters_document
 from reader_access import ReaderAccess, load_tokens
+from staleness import UNAVAILABLE
 from start_errors import StartError, cannot_have, cannot_log
 from state_entry import entry
 from state_log import LOCK_TIMEOUT_S, LogCounters, StateLog
@@ -82,6 +83,7 @@ class StateGateway:
             config.expire_after_ms,
             config.max_engines,
             config.history,
+            is_one_sender=is_one_sender,
             events=self._events,
             clock=clock,
             judged_at=clock.judged_at,
@@ -283,12 +285,14 @@ class StateGateway:
         return self._embedded
 
     def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
-        """The eight fields of every known engine, live or stale, by engine_id; the caller may change it in place.
+        """The eight fields of every engine that is live or stale, by engine_id; the caller may change it in place.
+
+        Engines that say that they are not serving are left out; `get_engine_snapshot` has them.
 
         Raises RuntimeError if the gateway was shut down, if one of its threads died, and in a forked child.
         """
         self._refuse_if_gone()
-        return {view.engine_id: view.state.as_dict() for view in self._store.views()}
+        return {view.engine_id: view.state.as_dict() for view in self._store.views() if view.status != UNAVAILABLE}
 
     def get_engine_snapshot(self) -> dict[str, dict[str, Any]]:
         """As `get_engine_states_dict`, with what /engines says of freshness too: status, age_ms, heartbeat, ..."""
@@ -324,7 +328,7 @@ class StateGateway:
         """The document of /stats; the counters of datagrams are of one moment and add up. Also after `shutdown`."""
         counters = self._store.counters()
         del counters["accepted"]  # what is left of valid_states
-        fleet = fleet_document(self._store.views())
+        fleet = self._store.fleet()
         log = LogCounters() if self._log is None else self._log.counters()
         mode = self.config.network_mode
         return {

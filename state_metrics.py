@@ -14,10 +14,10 @@ from typing import Any
 
 from config import MODES
 from engine_state import FIELDS, Field
+from engine_view import NOTHING, EngineView
 from gateway_counters import ACCEPTED, COUNTERS, OUTCOMES
-from staleness import LIVE, STALE
+from staleness import STALE, STATUSES
 from state_record import decode_record
-from state_store import EngineView
 
 PREFIX = "elrar_state_gateway_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -52,8 +52,14 @@ _ABOUT_ENGINES: tuple[tuple[str, str, Callable[[EngineView], float]], ...] = (
     (
         "engine_live",
         "1 while the engine was heard from within the stale threshold, 0 while it is stale",
-        lambda view: int(view.status == LIVE),
+        lambda view: int(view.status != STALE),
     ),
+    (
+        "engine_usable",
+        "1 while the engine is live, takes requests, and its load is known",
+        lambda view: int(view.usable),
+    ),
+    ("engine_restarts_total", "Restarts that were noticed", lambda view: view.restarts),
     (
         "engine_heartbeat",
         "1 if the state shown is a heartbeat, whose load fields say nothing",
@@ -94,13 +100,48 @@ def engine_metrics(views: list[EngineView]) -> bytes:
     for family, meaning, value in _ABOUT_ENGINES:
         name = PREFIX + family
         lines = [f"{name}{{{id_}}} {value(view)}" for id_, view in zip(ids, views, strict=True)]
-        parts.append(_page(name, "gauge", meaning, lines).encode())
+        kind = "counter" if family.endswith("_total") else "gauge"
+        parts.append(_page(name, kind, meaning, lines).encode())
     columns = list(zip(*(decode_record(view.visible[0]) for view in views), strict=True))
     for at, field in _SHOWN_FIELDS:
         assert field.metric is not None
         lines = _samples(field, ids, columns[at] if columns else ())
         parts.append(_page(PREFIX + field.metric.family, "gauge", field.metric.help, lines).encode())
+    parts += _further(ids, views)
     return b"".join(parts)
+
+
+_FURTHER_NUMBERS = (
+    ("engine_requests_running", "Requests that run", "num_requests_running"),
+    ("engine_requests_waiting", "Requests that wait", "num_requests_waiting"),
+)
+_INFO_LABELS = ("model", "role")
+
+
+def _further(ids: list[str], views: list[EngineView]) -> list[bytes]:
+    """What agents say besides the fields; no series of an engine that does not say it."""
+    further = [(id_, view, view.extra) for id_, view in zip(ids, views, strict=True) if view.visible[4] != NOTHING]
+    parts: list[tuple[str, str, list[str]]] = []
+    for family, meaning, field in _FURTHER_NUMBERS:
+        numbers = [(id_, extra.get(field)) for id_, _, extra in further]
+        lines = [f"{PREFIX}{family}{{{id_}}} {number!r}" for id_, number in numbers if type(number) in (int, float)]
+        parts.append((PREFIX + family, meaning, lines))
+    name = PREFIX + "engine_lost_states"
+    lines = [f"{name}{{{id_}}} {view.lost}" for id_, view, _ in further if view.lost is not None]
+    parts.append((name, "Datagrams of the engine that did not arrive: a late one is taken off again", lines))
+    name = PREFIX + "engine_info"
+    lines = []
+    for id_, view, extra in further:
+        said = {"phase": view.phase, **{label: extra.get(label) for label in _INFO_LABELS}}
+        labels = "".join(f",{_label(label, text)}" for label, text in said.items() if type(text) is str)
+        if labels:
+            lines.append(f"{name}{{{id_}{labels}}} 1")
+    parts.append((name, "What the engine says that it is, as labels", lines))
+    return [_page(name, "gauge", meaning, lines).encode() for name, meaning, lines in parts if lines]
+
+
+def _gauge(name: str, meaning: str, value: float) -> str:
+    return _family(name, "gauge", meaning, [({}, value)])
 
 
 def _process_metrics() -> list[str]:
@@ -116,7 +157,7 @@ def _process_metrics() -> list[str]:
 
 def gateway_metrics(stats: dict[str, Any]) -> bytes:
     """The gateway's own counters and settings, from the same numbers as /stats."""
-    live, total = stats["active_engines"], stats["total_engines"]
+    fleet = stats["fleet"]
     outcomes = {outcome.name: stats[outcome.counter] for outcome in OUTCOMES if outcome.counter is not None}
     outcomes[ACCEPTED] = stats["valid_states"] - sum(
         stats[outcome.counter] for outcome in OUTCOMES if outcome.is_valid and outcome.counter is not None
@@ -126,7 +167,8 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
     parts = [
         _family("info", "gauge", "What runs, as labels", [(info, 1)]),
         _family("engines", "gauge", "Engines known, by status",
-                [({"status": LIVE}, live), ({"status": STALE}, total - live)]),
+                [({"status": status}, fleet[status]) for status in STATUSES]),
+        _gauge("usable_engines", "Engines that are live and whose load is known", fleet["usable"]),
         _family("datagrams_total", "counter", "Datagrams received, by what was made of them",
                 [({"outcome": outcome}, count) for outcome, count in outcomes.items()]),
         _family("datagrams_received_total", "counter", "Datagrams received, by network mode",

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import state_metrics as metrics
-from engine_state import quote_json
+from engine_state import SERVING, quote_json
+from engine_view import Visible
+from fleet_summary import fleet_document
 from http_message import METHODS, Answer, QueryError, Request, StreamsFull, error_answer, json_answer
 from openapi_document import openapi_document
 from query_route import MAX_INTERVAL_MS, Question, Route, decode, listed, parse_query
 from reader_access import ReaderAccess
-from staleness import LIVE, STALE
-from state_entry import EndsJson, entry_head, lone_entry_head, past_state_json
-from state_store import StateStore, Visible
+from staleness import STATUSES
+from state_entry import EntryTails, entry_head, lone_entry_head, past_state_json, tail_kind
+from state_store import StateStore
 from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 
 DISTRIBUTION = "elrar-state-gateway"
@@ -121,8 +123,8 @@ class Query:
         self._clock = clock
         self._page = status_page()
         self._openapi_answer = json_answer(openapi_document(ROUTES, gateway.version))
-        self._ages_json = watch.ages_json
-        self._lasting: dict[str, tuple[Visible, bytes]] = {}  # of each engine, for as long as it shows that state
+        self._tail_cache = watch.tail_cache
+        self._lasting: dict[str, tuple[Visible, bytes, int]] = {}  # of each engine, for as long as it shows that state
         self._shared = Answer(200, b"")  # the last snapshot, for those who ask before anything changes
         self._shared_key: object = None
         self._shared_at = 0.0
@@ -175,15 +177,16 @@ class Query:
         return self._page
 
     def _engines(self, question: Question) -> Answer:
-        wanted = question.among("status", (LIVE, STALE))
+        wanted = question.among("status", STATUSES)
+        phases = {quote_json(phase).encode("utf-8", "replace") for phase in question.parameters.get("phase", [])}
         engine_ids = question.engine_ids()
         self._gateway.catch_up()
         changes = self._store.changes()
-        key = (changes, tuple(wanted), engine_ids)
+        key = (changes, tuple(wanted), frozenset(phases), engine_ids)
         now = self._clock()
         if self._shared_key == key and now - self._shared_at <= SHARED_S:
             return self._shared
-        self._shared = self._snapshot(wanted or (LIVE, STALE), engine_ids)
+        self._shared = self._snapshot(wanted or STATUSES, engine_ids, phases)
         self._shared_key, self._shared_at = key, now
         return self._shared
 
@@ -196,7 +199,7 @@ class Query:
             raise QueryError(400, f"min_interval_ms is a whole number of milliseconds from 0 to {MAX_INTERVAL_MS}")
         self._gateway.catch_up()
         reader = self._watch.open(
-            lambda: self._snapshot((LIVE, STALE), engine_ids, between=DATA_LINE).body,
+            lambda: self._snapshot(STATUSES, engine_ids, between=DATA_LINE).body,
             engine_ids,
             int(intervals[-1]),
             question.last_event_id,
@@ -205,31 +208,39 @@ class Query:
             raise StreamsFull(503, f"/watch has its {MAX_READERS} readers already; /engines can be asked instead")
         return reader
 
-    def _snapshot(self, statuses: Container[str], engine_ids: Collection[str] = (), *, between: bytes = b"") -> Answer:
+    def _snapshot(
+        self,
+        statuses: Container[str],
+        engine_ids: Collection[str] = (),
+        phases: Collection[bytes] = (),
+        *,
+        between: bytes = b"",
+    ) -> Answer:
         """The engines asked for, joined from pieces: what has not changed since the last time is not written anew.
 
         `between` is put before each engine and before the end, where JSON allows white space.
         """
         head = self._gateway.snapshot_header()
         now, rows = self._store.snapshot_of(engine_ids) if engine_ids else self._store.snapshot()
-        ends, lasting = EndsJson(now, self._store.freshness, self._ages_json), self._lasting
+        fleet = self._store.fleet() if engine_ids else fleet_document(now, rows, self._store.freshness)
+        tails, lasting = EntryTails(now, self._store.freshness, self._tail_cache), self._lasting
         pieces = [b""]
-        live_engines = 0
-        wants_live, wants_stale = LIVE in statuses, STALE in statuses
-        for engine_id, quoted_id, shown, heard_at in rows:
+        for engine_id, quoted_id, visible, heard_at in rows:
             piece = lasting.get(engine_id)
-            if piece is None or piece[0] is not shown:
-                piece = lasting[engine_id] = shown, entry_head(quoted_id, shown)
-            end, live = ends[heard_at] if shown[2] == heard_at else ends.of(heard_at, shown[2])
-            live_engines += live
-            if wants_live if live else wants_stale:
-                pieces += (between, piece[1], end)
-        total = len(rows)
-        if engine_ids:
-            live_engines, total = self._store.counts()
-        elif len(lasting) > total:  # some are no more
+            if piece is None or piece[0] is not visible:
+                piece = lasting[engine_id] = visible, entry_head(quoted_id, visible), tail_kind(visible)
+            _, _, shown_at, _, (phase, _, _, _, conflict_until) = visible
+            if shown_at == heard_at and conflict_until < now:
+                tail, status = tails[piece[2], heard_at]
+            else:
+                tail, status = tails.of(visible, heard_at)
+            if status in statuses and (not phases or (phase or SERVING) in phases):
+                pieces += (between, piece[1], tail)
+        if not engine_ids and len(lasting) > len(rows):  # some are no more
             self._lasting = {engine_id: lasting[engine_id] for engine_id, *_ in rows}
-        document = json.dumps({**head, "active_engines": live_engines, "total_engines": total, "engines": {}})
+        total = fleet["live"] + fleet["unavailable"] + fleet["stale"]
+        counts = {"active_engines": fleet["live"], "total_engines": total, "fleet": fleet}
+        document = json.dumps({**head, **counts, "engines": {}}, ensure_ascii=False)
         pieces[0] = document[:-2].encode()
         if len(pieces) > 1:
             pieces[2] = pieces[2].removeprefix(b", ")
@@ -239,11 +250,12 @@ class Query:
     def _one_engine(self, question: Question) -> Answer:
         engine_id = question.engine_id()
         self._gateway.catch_up()
-        view = self._store.view(engine_id)
-        if view is None:
+        now, rows = self._store.snapshot_of([engine_id])
+        if not rows:
             raise QueryError(404, _NO_SUCH_ENGINE)
-        end = self._ages_json[view.age_ms, view.state_age_ms, view.status == LIVE]
-        return Answer(200, lone_entry_head(quote_json(engine_id).encode(), view.visible) + end + b"\n")
+        ((_, quoted_id, visible, heard_at),) = rows
+        tail, _ = EntryTails(now, self._store.freshness, self._tail_cache).of(visible, heard_at)
+        return Answer(200, lone_entry_head(quoted_id, visible) + tail + b"\n")
 
     def _history(self, question: Question) -> Answer:
         engine_id = question.engine_id()
@@ -304,7 +316,7 @@ _HTML, _METRICS, _EVENTS = "text/html", "text/plain", "text/event-stream"
 ROUTES = (
     Route("/", Query._status_page, "the status page, for people", None, media_type=_HTML),
     Route("/engines", Query._engines, "every engine and how fresh its state is, or those that are asked for",
-          ("engine_id", "status"), schema="Snapshot"),
+          ("engine_id", "status", "phase"), schema="Snapshot"),
     Route("/engines/<engine_id>", Query._one_engine, "one engine", schema="Entry"),
     Route("/engines/<engine_id>/history", Query._history, "an engine's latest states, oldest first", schema="History"),
     Route("/history", Query._history, "the same, for readers behind a proxy that decodes paths", ("engine_id",),

@@ -13,9 +13,8 @@ Nothing outside this module looks into a record.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 
-from engine_state import FIELD_NAMES, FIELDS, EngineState, FieldTexts
+from engine_state import FIELD_NAMES, FIELDS, EngineState
 
 Record = bytes
 
@@ -44,18 +43,6 @@ def decode_state(engine_id: str, record: Record) -> EngineState:
     )
 
 
-def record_texts(quoted_id: bytes, record: Record) -> FieldTexts:
-    """All fields of the state as JSON texts; `quoted_id` is the engine_id's."""
-    return (quoted_id, *decode_record(record)[:-1])
-
-
-def field_of(name: str) -> Callable[[Record], object]:
-    """A function that gives one field of the state in a record."""
-    at = FIELD_NAMES.index(name) - 1
-    decode, pick = _DECODERS[at], itemgetter(at)
-    return lambda record: decode(pick(decode_record(record)))
-
-
 def timestamp_ms(record: Record) -> int:
     """The timestamp_ms of the state, by the engine's clock."""
     return int(record[: record.index(b"\n")])
@@ -73,6 +60,33 @@ def same_state(record: Record, other: Record) -> bool:
 
 JOINED = 8  # records in one object of a history
 OVERHEAD = 48  # bytes of memory of an object besides its characters
+
+
+# Where columns_of has the fields of which the fleet's sum means something, and the scheduling_mode.
+SUMMED_COLUMNS = tuple((at - 1, field) for at, field in enumerate(FIELDS) if field.summed)
+MODE_COLUMN = FIELD_NAMES.index("scheduling_mode") - 1
+
+
+def columns_of(records: Sequence[Record]) -> list[list[bytes]]:
+    """The texts of many records, field by field: a list for each line of a record."""
+    lines = b"\n".join(records).split(b"\n") if records else []
+    return [lines[at::_LINES] for at in range(_LINES)]
+
+
+_LOAD = tuple(at - 1 for at, field in enumerate(FIELDS) if field.placeholder is not None)
+
+
+def says_nothing_new(record: Record, other: Record) -> bool:
+    """Whether timestamp_ms and the fields of the load are equal, however they were written."""
+    if timestamp_ms(record) != timestamp_ms(other):
+        return False
+    texts, others = decode_record(record), decode_record(other)
+    return all(_DECODERS[at](texts[at]) == _DECODERS[at](others[at]) for at in _LOAD)
+
+
+def with_receipt_of(record: Record, other: Record) -> Record:
+    """The state of a record, as if it had been received when another was."""
+    return record[: record.rindex(b"\n")] + other[other.rindex(b"\n") :]
 
 
 class History:

@@ -6,17 +6,55 @@ The store decides the outcome of a datagram and counts it. It never waits for th
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from engine_state import HEARTBEAT_MARK, MARK_TEXT, EngineState, FieldTexts, is_heartbeat, quote_json, unquote_json
-from fleet_events import APPEARED, CAME_BACK, REMOVED, WENT_STALE, EventNotes, FleetEvents
-from gateway_counters import ACCEPTED, DUPLICATE, HEARTBEAT, OUT_OF_ORDER, REJECTED_CAPACITY, DatagramCounters
+from boot_sequence import LATE, NEWER, REPEATED, RESTARTED
+from engine_state import (
+    BOOT,
+    EXTRA,
+    GONE,
+    HEARTBEAT_MARK,
+    MARK_TEXT,
+    PHASE,
+    SEQ,
+    DatagramTexts,
+    is_heartbeat,
+    is_idle,
+    quote_json,
+)
+from engine_view import NOTHING, EngineView, PastState, Row, Visible, status_of
+from farewells import Farewells
+from fleet_events import (
+    APPEARED,
+    CAME_BACK,
+    CONFLICT,
+    REMOVED,
+    WENT_STALE,
+    EventNotes,
+    FleetEvents,
+)
+from fleet_events import FAREWELL as FAREWELL_EVENT
+from fleet_events import (
+    RESTARTED as RESTARTED_EVENT,
+)
+from fleet_summary import fleet_document
+from gateway_counters import (
+    ACCEPTED,
+    DUPLICATE,
+    FAREWELL,
+    HEARTBEAT,
+    OUT_OF_ORDER,
+    REJECTED_CAPACITY,
+    DatagramCounters,
+)
+from known_engine import KnownEngine
 from log_throttle import LogThrottle
-from staleness import LIVE, STALE, Freshness, age_ms, ages_ms
+from staleness import Freshness, age_ms, ages_ms
 from state_record import (
     LINE_END,
     History,
@@ -25,8 +63,8 @@ from state_record import (
     encode_fields,
     encode_receipt,
     received_ms,
-    same_state,
-    timestamp_ms,
+    says_nothing_new,
+    with_receipt_of,
 )
 from wake_up import WakeUp
 
@@ -39,62 +77,11 @@ class Batch:
 
     received_at: float  # s, the gateway's monotonic clock
     received_s: float  # s since the epoch
-    states: Sequence[FieldTexts] = ()  # the valid ones
+    states: Sequence[DatagramTexts] = ()  # the valid ones
     sources: Sequence[bytes] = ()  # for each of them where it came from, `<ip>:<port>` as JSON text
     rejected_source: int = 0
     invalid: list[str] = field(default_factory=list)  # a reason each
-
-
-# What the table shows of an engine: state, whether it is a heartbeat, when it was received (monotonic s), and its
-# source as JSON text. Replaced as a whole and never changed, so that readers need no lock to see it whole.
-Visible = tuple[Record, bool, float, bytes]
-
-
-class EngineView(NamedTuple):
-    """One engine as a reader sees it, at the moment that the reader looked."""
-
-    engine_id: str
-    status: str  # LIVE or STALE
-    age_ms: int  # since the engine was last heard from
-    state_age_ms: int  # since the state shown was received
-    visible: Visible
-
-    @property
-    def state(self) -> EngineState:
-        """The state shown, made at each call."""
-        return decode_state(self.engine_id, self.visible[0])
-
-    @property
-    def heartbeat(self) -> bool:
-        """Whether the state shown is one."""
-        return self.visible[1]
-
-    @property
-    def received_ms(self) -> int:
-        """When the state shown was received, in ms since the epoch."""
-        return received_ms(self.visible[0])
-
-    @property
-    def source(self) -> str:
-        """Where the state shown came from, as `<ip>:<port>`."""
-        return unquote_json(self.visible[3])
-
-    @property
-    def clock_offset_ms(self) -> int:
-        """Receipt minus the engine's own timestamp: how far its clock is off, plus the way here."""
-        return received_ms(self.visible[0]) - timestamp_ms(self.visible[0])
-
-
-# One engine as plain values: engine_id, the same as JSON text, what is shown, and when it was last heard from
-# (monotonic s), which is never earlier than the receipt of the state shown.
-Row = tuple[str, bytes, Visible, float]
-
-
-class PastState(NamedTuple):
-    """A state that was shown for an engine, and when it was received, in ms since the epoch."""
-
-    state: EngineState
-    received_ms: int
+    ignored_fields: int = 0  # valid ones with a field that is not kept
 
 
 HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
@@ -102,45 +89,19 @@ CHANGES_KEPT_S = 60.0  # changes go on being noted for this long after the last 
 SUBSCRIBED_S = 1.0  # a subscriber asks far more often than this
 
 
-class _Engine:
-    """What is held of one engine. Written under the store's lock only."""
-
-    __slots__ = (
-        "engine_id",
-        "heard_at",
-        "history",
-        "last",
-        "load",
-        "newest",
-        "quoted_id",
-        "stale_logged",
-        "visible",
-    )
-
-    def __init__(self, quoted_id: bytes, visible: Visible) -> None:
-        self.quoted_id = quoted_id
-        self.engine_id = unquote_json(quoted_id)
-        self.heard_at = float("-inf")  # monotonic, when the last datagram was taken from it
-        self.last = visible[0]  # the last datagram taken from it
-        self.newest = visible[0]  # the one with the newest timestamp_ms since it last restarted
-        self.load: Record | None = None  # the newest that is no heartbeat, since it last restarted or came back
-        self.visible = visible
-        self.history = History()
-        self.stale_logged = False
-
-
 class _LifeEvent:
     """One kind of event in the lives of engines: a line of the daemon's own log, and an event at /events."""
 
-    def __init__(self, kind: str, what: str, notes: EventNotes, clock: Callable[[], float]) -> None:
+    def __init__(self, kind: str, what: str, level: int, notes: EventNotes, clock: Callable[[], float]) -> None:
         self.what = what
-        self.throttle = LogThrottle(logger, logging.INFO, what, clock=clock)
+        self.level = level
+        self.throttle = LogThrottle(logger, level, what, clock=clock)
         self._kind = kind
         self._notes = notes
 
-    def record(self, example: str, engine_id: str) -> None:
+    def record(self, example: str, engine_id: str, *further: object) -> None:
         """Note that it happened to an engine; `example` is the pattern of what the log says of it."""
-        self.throttle.record(example, engine_id)
+        self.throttle.record(example, engine_id, *further)
         self._notes.note(self._kind, engine_id)
 
 
@@ -150,20 +111,33 @@ class _LifeLog:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.notes = EventNotes()
         self._by_kind = {
-            kind: _LifeEvent(kind, what, self.notes, clock)
-            for kind, what in (
-                (APPEARED, "engine appeared"),
-                (WENT_STALE, "engine went stale"),
-                (CAME_BACK, "engine came back"),
-                (REMOVED, "engine removed"),
+            kind: _LifeEvent(kind, what, level, self.notes, clock)
+            for kind, level, what in (
+                (APPEARED, logging.INFO, "engine appeared"),
+                (WENT_STALE, logging.INFO, "engine went stale"),
+                (CAME_BACK, logging.INFO, "engine came back"),
+                (RESTARTED_EVENT, logging.INFO, "engine restarted"),
+                (FAREWELL_EVENT, logging.INFO, "engine said farewell"),
+                (REMOVED, logging.INFO, "engine removed"),
+                (
+                    CONFLICT,
+                    logging.WARNING,
+                    "several senders use one engine_id, and what is shown jumps between them: give each its own id;",
+                ),
             )
         }
-        self.appeared, self.went_stale, self.came_back, self.removed = self._by_kind.values()
+        self.appeared = self._by_kind[APPEARED]
+        self.went_stale = self._by_kind[WENT_STALE]
+        self.came_back = self._by_kind[CAME_BACK]
+        self.restarted = self._by_kind[RESTARTED_EVENT]
+        self.said_farewell = self._by_kind[FAREWELL_EVENT]
+        self.removed = self._by_kind[REMOVED]
+        self.conflict = self._by_kind[CONFLICT]
 
-    def take_due(self) -> list[str]:
-        """The lines to log now."""
-        lines = [event.throttle.take_due() for event in self._by_kind.values()]
-        return [line for line in lines if line is not None]
+    def take_due(self) -> list[tuple[int, str]]:
+        """The lines to log now, each with its level."""
+        lines = [(event.level, event.throttle.take_due()) for event in self._by_kind.values()]
+        return [(level, line) for level, line in lines if line is not None]
 
     def tell(self, noted: Iterable[tuple[str, str, int | None, int]], events: FleetEvents) -> None:
         """Make events of what was noted."""
@@ -179,19 +153,19 @@ class _ChangeFeed:
 
     def __init__(self, max_removed: int, clock: Callable[[], float]) -> None:
         self.touched: dict[bytes, int] | None = None  # datagrams of each engine; None = nobody subscribes
-        self.removed: list[_Engine] = []
+        self.removed: list[KnownEngine] = []
         self._max_removed = max_removed
         self._clock = clock
         self._asked_at = float("-inf")
 
-    def collect(self) -> tuple[dict[bytes, int] | None, list[_Engine]]:
+    def collect(self) -> tuple[dict[bytes, int] | None, list[KnownEngine]]:
         """What was noted, None if nothing was; noting begins anew."""
         touched, self.touched = self.touched, {}
         removed, self.removed = self.removed, []
         self._asked_at = self._clock()
         return touched, removed
 
-    def note_removed(self, engine: _Engine) -> None:
+    def note_removed(self, engine: KnownEngine) -> None:
         """Note that an engine is no more."""
         if self.touched is not None:
             self.removed.append(engine)
@@ -212,7 +186,7 @@ def _quoted(engine_id: str) -> bytes:
     return quote_json(engine_id).encode("utf-8", "surrogatepass")  # no engine that is known has a surrogate
 
 
-def _rows(engines: Iterable[_Engine]) -> list[Row]:
+def _rows(engines: Iterable[KnownEngine]) -> list[Row]:
     # `visible` is read before `heard_at`, which is at least as new then: they are read without the lock.
     return [(engine.engine_id, engine.quoted_id, engine.visible, engine.heard_at) for engine in engines]
 
@@ -232,106 +206,210 @@ class StateStore:
         history: int,
         *,
         events: FleetEvents | None = None,
+        is_one_sender: Callable[[bytes, bytes], bool] = operator.eq,
         clock: Callable[[], float] = time.monotonic,
         judged_at: Callable[[float], float] = lambda now: now,
     ) -> None:
-        """`events` is where the lives of engines are told; `judged_at`: see Freshness."""
+        """`events` is where the lives of engines are told.
+
+        `is_one_sender` says of two sources, as JSON texts, whether they are addresses of one sender on this host;
+        `judged_at`: see Freshness.
+        """
         self._events = FleetEvents(clock=clock) if events is None else events
         self.freshness = Freshness(stale_threshold_ms, expire_after_ms, judged_at)
         self._max_engines = max_engines
         self._history = history
+        self._is_one_sender = is_one_sender
         self._clock = clock
         # Guards all below, for the time of one batch or one copy. Nothing slow happens under it.
         self._lock = threading.Lock()
-        self._engines: dict[bytes, _Engine] = {}  # by engine_id as JSON text, which is what a datagram has
+        self._engines: dict[bytes, KnownEngine] = {}  # by engine_id as JSON text, which is what a datagram has
         self._history_bytes = 0
         self._version = 0
         self._counters = DatagramCounters()
         self._watermark = clock()
         self._feed = _ChangeFeed(max_engines, clock)
         self._life_log = _LifeLog(clock)
+        self._farewells = Farewells(max_engines, self.freshness)
+        self._conflicts: dict[bytes, float] = {}  # until when several senders count as using an engine_id
+        self._crowded = False  # whether the histories take more than HISTORY_BYTES
 
     def apply(self, batch: Batch) -> list[str]:
         """Take over what the listener received; returns the outcome of each of `batch.states`, in their order."""
-        # One loop for all of it, and only what is rare is a method: a call for each state takes a tenth of the loop.
+        # What is usual is done in one loop: a live engine's load state or heartbeat that is newer than all before, with
+        # the next number if it has one. `_apply_one` does the same and all the rest, and takes twice as long.
         now = batch.received_at
         receipt = encode_receipt(batch.received_s)
         live_since = self.freshness.live_since(now)
         history_limit = self._history
         outcomes, grown = [], 0
-        mark, mark_text, line_end = HEARTBEAT_MARK, MARK_TEXT, LINE_END
+        mark, mark_text, line_end, last, further = HEARTBEAT_MARK, MARK_TEXT, LINE_END, BOOT, EXTRA
         with self._lock:
             engines, touched = self._engines, self._feed.touched
-            crowded = self._history_bytes > HISTORY_BYTES
+            self._crowded = crowded = self._history_bytes > HISTORY_BYTES
             for texts, source in zip(batch.states, batch.sources, strict=True):
                 quoted_id, stamp = texts[0], texts[1]
-                record = encode_fields(texts[1:]) + receipt
+                record = encode_fields(texts[1:last]) + receipt
                 heartbeat = texts[mark] == mark_text and is_heartbeat(texts)
                 engine = engines.get(quoted_id)
-                if engine is None:
-                    if len(engines) >= self._max_engines:
-                        outcomes.append(REJECTED_CAPACITY)
-                        continue
-                    engine = engines[quoted_id] = _Engine(quoted_id, (record, heartbeat, now, source))
-                    self._life_log.appeared.record("%r", engine.engine_id)
+                about = None
+                # Timestamps are compared as they came, if both have as many digits: making numbers of them takes a
+                # tenth of this loop.
+                if (
+                    engine is not None
+                    and engine.heard_at > live_since
+                    and stamp > (newest := engine.newest)
+                    and newest[len(stamp)] == line_end
+                ):
+                    if texts[further] is None:
+                        about = engine.visible[4] if source is engine.plain_source else None
+                    elif not heartbeat:
+                        about = engine.advance(texts, now)
+                if engine is None or about is None:
+                    outcomes.append(self._apply_one(engine, texts, (record, heartbeat, now, source, NOTHING)))
+                    continue
                 if touched is not None:
                     touched[quoted_id] = touched.get(quoted_id, 0) + 1
-                was_live = engine.heard_at > live_since
                 engine.heard_at = now
-                if not was_live:
-                    self._begin_anew(engine)
-                # What is newer than all before needs no second look. Timestamps are compared as they came, if both
-                # have as many digits: making numbers of them takes a tenth of this loop.
-                elif not (stamp > (newest := engine.newest) and newest[len(stamp)] == line_end):
-                    outcome = self._place(engine, record, heartbeat)
-                    if outcome is not None:
-                        if outcome is ACCEPTED:
-                            self._show(engine, (record, heartbeat, now, source), crowded)
-                        outcomes.append(outcome)
-                        continue
                 engine.last = engine.newest = record
                 if heartbeat:
                     outcomes.append(HEARTBEAT)
-                    _, shows_heartbeat, shown_at, _ = engine.visible
+                    _, shows_heartbeat, shown_at, _, _ = engine.visible
                     if not shows_heartbeat and shown_at > live_since:
                         continue  # its placeholders would make a busy engine look idle: the load state stays
                 else:
                     outcomes.append(ACCEPTED)
                     engine.load = record
-                engine.visible = (record, heartbeat, now, source)
+                engine.visible = (record, heartbeat, now, source, about)
                 if history_limit:
                     grown += engine.history.append(record, history_limit, crowded)
             self._history_bytes += grown
             self._counters.count(batch.received_s, outcomes, batch.invalid, batch.rejected_source)
+            self._counters.add("ignored_fields", batch.ignored_fields)
             self._version += 1
         return outcomes
 
-    def _begin_anew(self, engine: _Engine) -> None:
-        """An engine that appears, or comes back from silence: what it said before does not count for order."""
-        engine.load = None
-        if engine.stale_logged:
+    def _apply_one(self, engine: KnownEngine | None, texts: DatagramTexts, shown: Visible) -> str:
+        """The outcome of any datagram; `shown` is what it would show."""
+        if engine is None:
+            appeared = self._appear(texts, shown)
+            return appeared if isinstance(appeared, str) else self._apply_to(appeared, texts, shown)
+        return self._apply_to(engine, texts, shown)
+
+    def _apply_to(self, engine: KnownEngine, texts: DatagramTexts, shown: Visible) -> str:
+        """The outcome of a datagram of an engine that is in the table."""
+        record, heartbeat, now, source, _ = shown
+        phase, boot = texts[PHASE], texts[BOOT]
+        if heartbeat and is_idle(texts):
+            heartbeat = False
+        was_heard_at = engine.heard_at
+        place = engine.place(texts, record, now, self.freshness)
+        self._count_lost(engine)
+        if phase == GONE and (place is NEWER or place is RESTARTED):
+            self._part(engine, texts, now)
+            return FAREWELL
+        self._hear(engine, was_heard_at, now)
+        if place is REPEATED:
+            return DUPLICATE
+        self._note_sender(engine, boot, source, now)
+        if texts[EXTRA] is not None:
+            engine.has_further = True
+            engine.plain_source = None
+        engine.last, engine.last_further = record, texts[PHASE : EXTRA + 1]
+        if place is LATE:
+            return self._apply_late(engine, texts, (record, heartbeat, now, source, NOTHING))
+        if place is RESTARTED:
+            engine.note_restart()
+            self._counters.add("restarts")
+            self._life_log.restarted.record("%r", engine.engine_id)
+        engine.newest = record
+        about = engine.about(texts)
+        shown_record, shows_heartbeat, shown_at, _, _ = engine.visible
+        if not heartbeat:
+            engine.note_load(texts, record)
+        elif (
+            not shows_heartbeat
+            and was_heard_at > float("-inf")
+            and shown_at > self.freshness.live_since(now)
+            and not (place is RESTARTED and boot is not None)  # the load of an earlier life says nothing any more
+        ):
+            engine.show_about(about)
+            return HEARTBEAT
+        if engine.has_further and was_heard_at > float("-inf") and says_nothing_new(record, shown_record):
+            record = with_receipt_of(record, shown_record)
+            engine.visible = (record, heartbeat, shown_at, engine.visible[3], about)
+        else:
+            self._show(engine, (record, heartbeat, now, source, about))
+        return HEARTBEAT if heartbeat else ACCEPTED
+
+    def _appear(self, texts: DatagramTexts, shown: Visible) -> KnownEngine | str:
+        """A new engine, or the outcome of a datagram with which none appears."""
+        quoted_id, boot = texts[0], texts[BOOT]
+        now = shown[2]
+        seq = 0 if boot is None else int(texts[SEQ])
+        is_farewell = texts[PHASE] == GONE
+        if self._farewells.overtook(quoted_id, boot, seq, int(texts[1]), now, is_farewell=is_farewell):
+            return OUT_OF_ORDER
+        if is_farewell:
+            return FAREWELL
+        if len(self._engines) >= self._max_engines:
+            return REJECTED_CAPACITY
+        self._farewells.forget(quoted_id)
+        engine = self._engines[quoted_id] = KnownEngine(quoted_id, shown, boot or shown[3])
+        self._life_log.appeared.record("%r", engine.engine_id)
+        return engine
+
+    def _count_lost(self, engine: KnownEngine) -> None:
+        """Count the gaps and the late ones that an engine's numbers showed since the last time."""
+        gap_states, late_states = engine.uncounted_losses()
+        if gap_states:
+            self._counters.add("sequence_gap_states", gap_states)
+        if late_states:
+            self._counters.add("late_states", late_states)
+
+    def _hear(self, engine: KnownEngine, was_heard_at: float, now: float) -> None:
+        engine.heard_at = now
+        touched = self._feed.touched
+        if touched is not None:
+            touched[engine.quoted_id] = touched.get(engine.quoted_id, 0) + 1
+        if engine.stale_logged and was_heard_at <= self.freshness.live_since(now):
             engine.stale_logged = False
             self._life_log.came_back.record("%r", engine.engine_id)
 
-    def _place(self, engine: _Engine, record: Record, heartbeat: bool) -> str | None:
-        """The outcome of a datagram of a live engine that is not newer than all before, None if it starts anew."""
-        if same_state(record, engine.last):
-            return DUPLICATE
-        behind_ms = timestamp_ms(engine.newest) - timestamp_ms(record)
-        if behind_ms > self.freshness.stale_ms:  # an engine that restarted, or whose clock was set
-            engine.load = None
-        if not 0 < behind_ms <= self.freshness.stale_ms:
-            return None
-        engine.last = record
-        if heartbeat or (engine.load is not None and timestamp_ms(engine.load) >= timestamp_ms(record)):
+    def _note_sender(self, engine: KnownEngine, boot: bytes | None, source: bytes, now: float) -> None:
+        before = engine.source
+        engine.source = source
+        if not engine.has_further:
+            engine.plain_source = source
+        if boot is None and source != before and self._is_one_sender(source, before):
+            return
+        if engine.note_sender(boot or source, now, self.freshness):
+            self._conflicts[engine.quoted_id] = self.freshness.stale_at(now)
+            self._life_log.conflict.record("%r from %s and %s", engine.engine_id, before, source)
+
+    def _apply_late(self, engine: KnownEngine, texts: DatagramTexts, shown: Visible) -> str:
+        """A late datagram; a load state that only heartbeats overtook is newer load than what is shown."""
+        record, heartbeat, now, source, _ = shown
+        phase, extra, restarts, lost, conflict_until = engine.visible[4]
+        if engine.sequence is not None and lost != engine.sequence.lost:
+            engine.show_about((phase, extra, restarts, engine.sequence.lost, conflict_until))
+        if heartbeat or not engine.is_newer_load(texts, record):
             return OUT_OF_ORDER
-        engine.load = record  # only heartbeats overtook it: it is newer load than what is shown
+        engine.note_load(texts, record)
+        self._show(engine, (record, heartbeat, now, source, engine.visible[4]))
         return ACCEPTED
 
-    def _show(self, engine: _Engine, visible: Visible, crowded: bool) -> None:
+    def _part(self, engine: KnownEngine, texts: DatagramTexts, now: float) -> None:
+        """A farewell: the engine is no more, and is remembered as such."""
+        engine.show_about(engine.about(texts))
+        self._farewells.remember(engine.quoted_id, now, engine.sequence, int(texts[1]))
+        self._remove(engine)
+        self._life_log.said_farewell.record("%r", engine.engine_id)
+
+    def _show(self, engine: KnownEngine, visible: Visible) -> None:
         engine.visible = visible
         if self._history:
-            self._history_bytes += engine.history.append(visible[0], self._history, crowded)
+            self._history_bytes += engine.history.append(visible[0], self._history, self._crowded)
 
     def advance_watermark(self, at: float) -> None:
         """Say that everything that had arrived by `at` (monotonic, s) has been taken; the listener does.
@@ -356,44 +434,54 @@ class StateStore:
                 if self.freshness.is_expired(silence_ms):
                     if self._engines.get(engine.quoted_id) is engine:  # not removed by another sweep
                         self._remove(engine)
+                        self._life_log.removed.record("%r", engine.engine_id)
                         removed += 1
                 elif not engine.stale_logged and not self.freshness.is_live(silence_ms):
                     engine.stale_logged = True
                     self._life_log.went_stale.record("%r", engine.engine_id)
             self._counters.add("expired_engines", removed)
             self._feed.expire()
+            self._farewells.expire(watermark)
+            self._conflicts = {key: until for key, until in self._conflicts.items() if until > watermark}
             lines, noted = self._life_log.take_due(), self._life_log.notes.take()
-        for line in lines:
-            logger.info("%s", line)
+        for level, line in lines:
+            logger.log(level, "%s", line)
         self._life_log.tell(noted, self._events)
         return removed
 
-    def _remove(self, engine: _Engine) -> None:
+    def _remove(self, engine: KnownEngine) -> None:
         del self._engines[engine.quoted_id]
         self._history_bytes -= engine.history.nbytes
         engine.history = History()  # whoever is told of the removal later needs none
         self._version += 1
         self._feed.note_removed(engine)
-        self._life_log.removed.record("%r", engine.engine_id)
+        self._conflicts.pop(engine.quoted_id, None)
 
     def counters(self) -> dict[str, Any]:
         """The counters of datagrams of one moment, by their names at /stats, and `accepted`."""
+        now = self._clock()
         with self._lock:
-            return self._counters.document()
+            conflicting_ids = sum(until > now for until in self._conflicts.values())
+            return {**self._counters.document(), "conflicting_ids": conflicting_ids}
 
     def counts(self) -> tuple[int, int]:
         """How many engines are live, and how many are known."""
         engines = self._all()
         live_since = self.freshness.live_since(self._clock())
-        return len([engine for engine in engines if engine.heard_at > live_since]), len(engines)
+        return len([1 for engine in engines if engine.heard_at > live_since and engine.is_serving]), len(engines)
 
-    def _all(self) -> list[_Engine]:
+    def _all(self) -> list[KnownEngine]:
         with self._lock:
             return list(self._engines.values())
 
-    def _one(self, engine_id: str) -> _Engine | None:
+    def _one(self, engine_id: str) -> KnownEngine | None:
         with self._lock:
             return self._engines.get(_quoted(engine_id))
+
+    def fleet(self) -> dict[str, Any]:
+        """What all engines are together, as /engines and /stats have it."""
+        now, rows = self.snapshot()
+        return fleet_document(now, rows, self.freshness)
 
     def views(self) -> list[EngineView]:
         """Every engine, in the order in which they appeared. The lock is held for one list copy only."""
@@ -464,12 +552,13 @@ class StateStore:
             history = engine.history.copy()
         return history.records()[-self._history :] if self._history else []
 
-    def _view(self, engine: _Engine, now: float) -> EngineView:
+    def _view(self, engine: KnownEngine, now: float) -> EngineView:
         # Without the lock: `visible` is replaced as a whole, and `heard_at`, read after it, is at least as new.
         visible, heard_at = engine.visible, engine.heard_at
         ages = ages_ms(now, heard_at, visible[2])
-        status = LIVE if heard_at > self.freshness.live_since(now) else STALE
-        return EngineView(engine.engine_id, status, *ages, visible)
+        phase, _, _, _, conflict_until = visible[4]
+        status = status_of(heard_at > self.freshness.live_since(now), phase)
+        return EngineView(engine.engine_id, status, *ages, visible, conflict_until > now)
 
 
 class Reaper:

@@ -14,8 +14,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from state_entry import AgesJson, EndsJson, lone_entry_head
-from state_store import Row, StateStore
+from engine_view import Row
+from state_entry import EntryTails, TailCache, lone_entry_head
+from state_store import StateStore
 
 MAX_READERS = 64
 MAX_EVENTS_PER_READ = 256  # of those that wait for a slow reader, so that newer ones can still take their places
@@ -71,7 +72,7 @@ class Watch:
     ) -> None:
         self._store = store
         self._clock = clock
-        self.ages_json = AgesJson()  # the query server's other answers use it too
+        self.tail_cache = TailCache()  # the query server's other answers use it too
         # Event ids are a number and the gateway's instance. The numbers grow over its restarts too, because none has a
         # million events a second for long; the instance says whose they are.
         self._number = self._complete_from = int(wall_clock() * 1e6)
@@ -195,7 +196,7 @@ class Watch:
     def render(self, events: list[_Event], *, renumber: bool = False) -> bytes:
         """The events as they are sent, with what is known of the engines now."""
         now, known = self._store.snapshot_of(event.engine_id for event in events)
-        rows, ends = {row[0]: row for row in known}, EndsJson(now, self._store.freshness, self.ages_json)
+        rows, tails = {row[0]: row for row in known}, EntryTails(now, self._store.freshness, self.tail_cache)
         text = []
         for event in events:
             row = event.removed or rows.get(event.engine_id)
@@ -203,8 +204,8 @@ class Watch:
                 continue  # removed meanwhile: the next collection has its event
             _, quoted_id, visible, heard_at = row
             number = self._next_number() if renumber else event.number
-            end, _ = ends.of(heard_at, visible[2])
-            entry = lone_entry_head(quoted_id, visible) + end
+            tail, _ = tails.of(visible, heard_at)
+            entry = lone_entry_head(quoted_id, visible) + tail
             text.append(b"%bevent: %b%b%b\n\n" % (self._id_line(number), event.kind, DATA_LINE, entry))
         self.events += len(text)
         return b"".join(text)

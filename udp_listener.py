@@ -17,11 +17,11 @@ from typing import Any, cast
 
 from config import PREFIX, Network
 from engine_state import (
-    FIELDS_JSON,
-    FieldTexts,
+    DatagramTexts,
     InvalidDatagram,
+    datagram_json,
     match_all_canonical,
-    parse_datagram,
+    parse,
     quote_json,
     unquote_json,
 )
@@ -262,7 +262,7 @@ class UdpListener:
         if None in matched:
             batch.states, texts, batch.sources = self._parse(batch, matched, datagrams, sources)
         else:
-            batch.states, texts, batch.sources = cast("list[FieldTexts]", matched), datagrams, sources
+            batch.states, texts, batch.sources = cast("list[DatagramTexts]", matched), datagrams, sources
         outcomes = self._store.apply(batch)
         if self._log is not None:
             logged_sources = batch.sources
@@ -294,16 +294,16 @@ class UdpListener:
         return taken, sources
 
     def _parse(
-        self, batch: Batch, matched: Sequence[FieldTexts | None], datagrams: list[bytes], sources: list[bytes]
-    ) -> tuple[list[FieldTexts], list[bytes], list[bytes]]:
+        self, batch: Batch, matched: Sequence[DatagramTexts | None], datagrams: list[bytes], sources: list[bytes]
+    ) -> tuple[list[DatagramTexts], list[bytes], list[bytes]]:
         """Parse what is not canonical; returns the valid states, each as its log line has it too, and their sources."""
         states, texts, valid_sources = [], [], []
         debug = logger.isEnabledFor(logging.DEBUG)
         for canonical, datagram, source in zip(matched, datagrams, sources, strict=True):
-            fields, text = canonical, datagram
-            if fields is None:
+            state, text = canonical, datagram
+            if state is None:
                 try:
-                    fields = parse_datagram(datagram).texts()
+                    parsed = parse(datagram)
                 except InvalidDatagram as error:
                     batch.invalid.append(error.reason)
                     self._notices.invalid.record("%s bytes=%d source=%s", error, len(datagram), source)
@@ -311,8 +311,10 @@ class UdpListener:
                     if debug:
                         logger.debug("datagram invalid reason=%s source=%s", error, unquote_json(source))
                     continue
-                text = b"{%b}" % (FIELDS_JSON % fields)
-            states.append(fields)
+                state = parsed.texts()
+                text = datagram_json(state)
+                batch.ignored_fields += parsed.passed_over
+            states.append(state)
             texts.append(text)
             valid_sources.append(source)
         return states, texts, valid_sources

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_state import match_canonical, parse_datagram
+from engine_state import match_canonical, parse
 from state_store import Batch
 
 TOP = Path(__file__).resolve().parent.parent
@@ -65,7 +65,7 @@ def heartbeat(**changes: Any) -> bytes:
 
 def batch(at: float, wall_s: float, *datagrams: bytes, canonical: bool = True, source: str = "10.0.0.1:5000") -> Batch:
     """Valid datagrams as the listener hands them on: matched as canonical ones, or, if not `canonical`, parsed."""
-    states = [(match_canonical(one) if canonical else None) or parse_datagram(one).texts() for one in datagrams]
+    states = [(match_canonical(one) if canonical else None) or parse(one).texts() for one in datagrams]
     return Batch(at, wall_s, states, [json.dumps(source).encode()] * len(states))
 
 

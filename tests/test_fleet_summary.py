@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import unittest
 
-from fleet_summary import fleet_document
 from state_store import StateStore
 from tests.harness import FakeClock, batch, datagram, heartbeat
 
@@ -20,7 +19,7 @@ class Summary(unittest.TestCase):
 
     def test_no_engine_is_no_error(self) -> None:
         self.assertEqual(
-            fleet_document(self.store.views()),
+            self.store.fleet(),
             {
                 "live": 0, "unavailable": 0, "stale": 0, "usable": 0,
                 "sums": {
@@ -41,7 +40,7 @@ class Summary(unittest.TestCase):
             datagram(engine_id="b", pending_tokens_total=5, engine_capacity=0, kv_cache_free_blocks=-1),
             heartbeat(engine_id="c"),
         )
-        fleet = fleet_document(self.store.views())
+        fleet = self.store.fleet()
         self.assertEqual((fleet["live"], fleet["stale"], fleet["usable"], fleet["unavailable"]), (3, 1, 2, 0))
         self.assertEqual(fleet["sums"]["pending_tokens_total"], {"sum": 15, "engines": 2})
         self.assertEqual(fleet["sums"]["engine_capacity"], {"sum": 1000.5, "engines": 1})
@@ -50,7 +49,7 @@ class Summary(unittest.TestCase):
 
     def test_the_largest_capacities_there_are_add_up_to_json(self) -> None:
         self.push(*(datagram(engine_id=name, engine_capacity=1.7e308) for name in "ab"))
-        json.dumps(fleet_document(self.store.views()), allow_nan=False)
+        json.dumps(self.store.fleet(), allow_nan=False)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,21 @@ import socket
 import tempfile
 import unittest
 from pathlib import Path
+from typing import Any
 
 from engine_state import (
+    BOOT,
+    FIELD_NAMES,
     FIELDS_JSON,
     REASONS,
+    SEQ,
     EngineState,
     InvalidDatagram,
+    datagram_json,
     is_heartbeat,
     match_all_canonical,
     match_canonical,
+    parse,
     parse_datagram,
 )
 from sockets import open_udp_sockets
@@ -89,6 +95,26 @@ def is_exactly_valid(state: EngineState) -> bool:
     )
 
 
+def further(rng: random.Random) -> dict[str, Any]:
+    """What an agent says besides the fields, mostly in its own way."""
+    said: dict[str, Any] = {
+        "boot": rng.choice(("a1b2c3d4e5f60718", "0" * 64)),
+        "seq": rng.choice((0, 1, rng.randrange(10**9))),
+        "phase": rng.choice(("serving", "draining", "gone", "x_y")),
+        "model": rng.choice((None, "meta-llama/Llama-3.1-8B-Instruct", "a b", "m" * 256)),
+        "num_requests_running": rng.choice((None, 0, 7, 256)),
+        "num_requests_waiting": rng.choice((None, 0, 7, 999_999_999)),
+        **rng.choice(({}, {"dp_rank": 0}, {"role": "prefill"}, {"dp_rank": 12, "role": "both"})),
+        "engine": "vllm 0.33.0",
+        "agent": "engine_agent 1.0",
+    }
+    if rng.random() < 0.2:
+        said[rng.choice((*said, "label", "Label", "sig"))] = rng.choice(
+            (1.5, -1, "", "\u00e9", '"', True, None, [], 2**60)
+        )
+    return said
+
+
 def generated(rng: random.Random) -> bytes:
     """A state with values of every size, written as an agent would, and sometimes with one byte changed."""
     odd = rng.random() < 0.2
@@ -108,6 +134,8 @@ def generated(rng: random.Random) -> bytes:
     )
     if rng.random() < 0.1:
         state.update(PLACEHOLDERS)
+    if rng.random() < 0.4:
+        state.update(further(rng))
     if odd:
         field, values = rng.choice(
             (
@@ -131,7 +159,7 @@ class Fuzz(unittest.TestCase):
 
     def test_what_is_canonical_is_what_the_parser_says(self) -> None:
         rng = random.Random(SEED + 2)
-        recognised = 0
+        recognised = numbered = 0
         for first in range(0, 200_000, 100):
             batch = [generated(rng) if number % 2 else mutated(rng) for number in range(rng.randint(1, 200))]
             for number, (one, usual) in enumerate(zip(batch, match_all_canonical(batch), strict=True), first):
@@ -139,19 +167,26 @@ class Fuzz(unittest.TestCase):
                     continue
                 recognised += 1
                 try:
-                    state = parse_datagram(one)
+                    whole = parse(one)
                 except InvalidDatagram as error:
                     self.fail(f"datagram {number} is recognised, and {error}: {one!r}")
-                parsed = state.texts()
-                held = encode_fields(usual[1:]) + encode_receipt(1.795e9)
+                state, parsed = whole.state, whole.state.texts()
+                numbered += usual[SEQ] is not None
+                if usual[BOOT:] != whole.further or whole.passed_over:
+                    self.fail(f"datagram {number} is recognised as {usual} and parsed as {whole}: {one!r}")
+                held = encode_fields(usual[1:BOOT]) + encode_receipt(1.795e9)
                 held_parsed = encode_fields(parsed[1:]) + encode_receipt(1.8e9)
-                if b"{%b}" % (FIELDS_JSON % usual) != one or json.loads(one) != state.as_dict():
+                if (
+                    datagram_json(usual) != one
+                    or {name: json.loads(one)[name] for name in FIELD_NAMES} != state.as_dict()
+                ):
                     self.fail(f"datagram {number} is logged as {usual} and parsed as {state}: {one!r}")
                 if usual[:2] != parsed[:2] or is_heartbeat(usual) is not is_heartbeat(parsed):
                     self.fail(f"datagram {number}: {usual} {parsed} from {one!r}")
                 if decode_state(state.engine_id, held) != state or not same_state(held, held_parsed):
                     self.fail(f"datagram {number} is held as {held!r} and as {held_parsed!r}")
         self.assertGreater(recognised, 30_000)
+        self.assertGreater(numbered, 5_000)
 
     @unittest.skipUnless(CAPTURED.exists(), "the captured states are not on this machine")
     def test_a_real_engine_s_states_are_canonical(self) -> None:

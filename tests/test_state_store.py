@@ -9,7 +9,8 @@ from unittest import mock
 
 from config import read_config
 from engine_state import parse_datagram
-from state_store import HISTORY_BYTES, Batch, EngineView, StateStore
+from engine_view import EngineView
+from state_store import HISTORY_BYTES, Batch, StateStore
 from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, batch, datagram
 
 STALE_MS = 2000
@@ -552,7 +553,6 @@ class Mixed(StoreCase):
             datagram().replace(b" ", b""),
             datagram().replace(b"100.0", b"100.00"),
             datagram().replace(b"100.0", b"1e2"),
-            datagram(newer=True),
             datagram(),
         ):
             with self.subTest(one):

@@ -1,0 +1,173 @@
+"""One engine of the table: what was heard from it, how its next datagram stands to that, and who sends for it."""
+
+from __future__ import annotations
+
+from boot_sequence import LATE, NEWER, REPEATED, RESTARTED, BootSequence
+from engine_state import BOOT, EXTRA, GONE, PHASE, SEQ, SERVING, DatagramTexts, unquote_json
+from engine_view import About, Visible
+from staleness import Freshness
+from state_record import History, Record, same_state, timestamp_ms
+
+# A, B, A, B: so many changes of sender, each within the stale threshold of the one before, are a conflict.
+CONFLICT_CHANGES = 3
+
+
+class KnownEngine:
+    """What is held of one engine. Written under the store's lock only."""
+
+    __slots__ = (
+        "_counted_losses",
+        "changed_at",
+        "changes",
+        "engine_id",
+        "has_further",
+        "heard_at",
+        "history",
+        "last",
+        "last_further",
+        "load",
+        "newest",
+        "plain_source",
+        "quoted_id",
+        "sender",
+        "sequence",
+        "source",
+        "stale_logged",
+        "steady_boot",
+        "visible",
+    )
+
+    def __init__(self, quoted_id: bytes, visible: Visible, sender: bytes) -> None:
+        """The engine appears with a datagram that shows `visible`, of `sender`: a boot, or else a source."""
+        self.quoted_id = quoted_id
+        self.engine_id = unquote_json(quoted_id)
+        self.heard_at = float("-inf")  # when the last datagram was taken from it, monotonic s
+        self.visible = visible
+        self.history = History()
+        self.stale_logged = False
+        # Order by timestamp_ms.
+        self.newest = visible[0]  # the datagram with the newest one since it last restarted
+        self.last = visible[0]  # the last datagram taken
+        self.load: Record | None = None  # the newest that is no heartbeat, since it last restarted or came back
+        # Order by seq, and all that datagrams of the first edition do not have.
+        self.has_further = False  # whether a datagram ever had more than the fields
+        self.last_further: tuple[bytes | None, bytes | None] = (None, None)  # phase and extra of the last one taken
+        self.sequence: BootSequence | None = None
+        self._counted_losses = (0, 0)  # gaps and late ones that were counted already
+        # Who sends for it: a boot, or a source.
+        self.source = visible[3]  # the last one that was heard
+        self.plain_source: bytes | None = visible[3]  # the same, None once a datagram had more than the fields
+        self.sender = sender  # the last one: a source, or a boot
+        self.steady_boot: bytes | None = None  # the current boot, if the last datagram was of it
+        self.changes = 0  # of the sender, in a row
+        self.changed_at = float("-inf")  # monotonic s
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it takes requests by its own account; one that says nothing does."""
+        phase = self.visible[4][0]
+        return phase is None or phase == SERVING
+
+    def about(self, texts: DatagramTexts) -> About:
+        """What is to be shown besides the state once this datagram is the newest."""
+        _, _, restarts, _, conflict_until = self.visible[4]
+        sequence = self.sequence
+        return (
+            texts[PHASE],
+            texts[EXTRA] or b"",
+            restarts,
+            None if sequence is None else sequence.gap_states - sequence.late_states,
+            conflict_until,
+        )
+
+    def show_about(self, about: About) -> None:
+        """Show something else besides the state."""
+        self.visible = (*self.visible[:4], about)
+
+    def note_restart(self) -> None:
+        """Count a restart."""
+        phase, extra, restarts, lost, conflict_until = self.visible[4]
+        self.show_about((phase, extra, restarts + 1, lost, conflict_until))
+
+    # -- order -------------------------------------------------------------------------------------------------------
+
+    def advance(self, texts: DatagramTexts, now: float) -> About | None:
+        """Take a load state with a newer timestamp and the next number of the current boot: an agent's usual one.
+
+        Returns what is to be shown besides it; None, and nothing is taken, if it is any other: `place` is for those.
+        """
+        boot, seq_text, phase, extra = texts[BOOT:]
+        sequence = self.sequence
+        if (
+            sequence is None
+            or boot != self.steady_boot
+            or boot is None
+            or phase == GONE
+            or not sequence.advance(seq_text, now)
+        ):
+            return None
+        _, _, restarts, lost, conflict_until = self.visible[4]
+        return phase, extra, restarts, lost, conflict_until
+
+    def place(self, texts: DatagramTexts, record: Record, now: float, freshness: Freshness) -> str:
+        """Where a datagram stands to those that were taken, and take its number; NEWER, RESTARTED, REPEATED or LATE."""
+        boot = texts[BOOT]
+        if boot is None:
+            return self._place_by_time(texts, record, now, freshness)
+        seq = int(texts[SEQ])
+        if self.sequence is not None:
+            return self.sequence.place(boot, seq, now, freshness.live_since(now))
+        self.sequence = BootSequence(boot, seq, now)
+        return NEWER if self.heard_at == float("-inf") else RESTARTED
+
+    def _place_by_time(self, texts: DatagramTexts, record: Record, now: float, freshness: Freshness) -> str:
+        behind_ms = timestamp_ms(self.newest) - timestamp_ms(record)
+        if self.heard_at <= freshness.live_since(now):
+            self.load = None  # what was heard before the silence does not count for order
+            return RESTARTED if behind_ms > freshness.stale_ms else NEWER
+        if behind_ms < 0:
+            return NEWER
+        if self.sequence is None and self.last_further == texts[PHASE : EXTRA + 1] and same_state(record, self.last):
+            return REPEATED
+        if behind_ms > freshness.stale_ms:  # it restarted, or its clock was set
+            self.load = None
+            return RESTARTED
+        return LATE if behind_ms else NEWER
+
+    def uncounted_losses(self) -> tuple[int, int]:
+        """The gaps in the numbers, and the late ones that filled some, since the last call."""
+        sequence = self.sequence
+        if sequence is None:
+            return 0, 0
+        gap_states, late_states = self._counted_losses
+        self._counted_losses = sequence.gap_states, sequence.late_states
+        return sequence.gap_states - gap_states, sequence.late_states - late_states
+
+    def is_newer_load(self, texts: DatagramTexts, record: Record) -> bool:
+        """Whether a late load state is newer than any other: only heartbeats overtook it."""
+        sequence = self.sequence
+        if texts[BOOT] is None or sequence is None:
+            return self.load is None or timestamp_ms(self.load) < timestamp_ms(record)
+        return bool(texts[BOOT] == sequence.boot) and sequence.is_newer_load(int(texts[SEQ]))
+
+    def note_load(self, texts: DatagramTexts, record: Record) -> None:
+        """Note that this is the newest load state."""
+        self.load = record
+        if texts[BOOT] is not None and self.sequence is not None:
+            self.sequence.note_load(int(texts[SEQ]))
+
+    # -- who sends ---------------------------------------------------------------------------------------------------
+
+    def note_sender(self, sender: bytes, now: float, freshness: Freshness) -> bool:
+        """Note who sent a datagram; returns whether several senders use this engine_id, as of this datagram."""
+        self.steady_boot = sender if self.sequence is not None and sender == self.sequence.boot else None
+        if sender == self.sender:
+            return False
+        self.changes = self.changes + 1 if self.changed_at > freshness.live_since(now) else 1
+        self.changed_at = now
+        self.sender = sender
+        if self.changes < CONFLICT_CHANGES:
+            return False
+        phase, extra, restarts, lost, _ = self.visible[4]
+        self.show_about((phase, extra, restarts, lost, freshness.stale_at(now)))
+        return True
