@@ -131,10 +131,13 @@ class Faults(unittest.TestCase):
             if now - self.said.get(engine_id, 0.0) > THRESHOLD_S / 2:
                 self.back_since[engine_id] = now
             self.said[engine_id] = now
-            for port in self.ports:
-                self.socket.sendto(one, ("127.0.0.1", port))
+            self.say(one)
             if number % 7 == 0:
                 time.sleep(0)
+
+    def say(self, one: bytes) -> None:
+        for port in self.ports:
+            self.socket.sendto(one, ("127.0.0.1", port))
 
     def look(self, _: int) -> None:
         """A look at the table, against what was sent."""
@@ -205,6 +208,18 @@ class Faults(unittest.TestCase):
         self.silent = set()
         self.beats = {last}
         self.wait(2.5)
+
+        # One says farewell, and comes back.
+        if "phase" in self.table.entries()[0].as_dict():
+            self.silent = {second}
+            self.wait(0.2)
+            for _ in range(3):
+                self.say(datagram(engine_id=second, timestamp_ms=int(time.time() * 1000), phase="gone"))
+            self.said[second] = float("-inf")
+            self.wait(0.3)
+            self.assertIsNone(self.table.get(second))
+            self.silent = set()
+            self.wait(1.0)
 
         # One is killed, and comes back.
         self.gateways[0].process.kill()
