@@ -6,6 +6,7 @@ Components have loops; only the gateway has threads.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -96,14 +97,15 @@ class ComponentThread:
         try:
             self.component.run()
             failed = False
-        except MemoryError:
-            memory_reserve.release()
-            with contextlib.suppress(MemoryError):
-                self._log_no_memory()
         except SocketLost as error:
             logger.critical("%s thread=%s", error, self.name)
-        except BaseException:
-            logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
+        except BaseException as error:
+            if not _is_for_want_of_memory(error):
+                logger.critical("thread died of an error that nobody expected thread=%s", self.name, exc_info=True)
+            else:
+                memory_reserve.release()
+                with contextlib.suppress(MemoryError):
+                    self._log_no_memory()
         try:
             self._on_end(self.name, failed)
         except MemoryError:  # a gateway whose thread has died must not stay
@@ -130,6 +132,17 @@ class ComponentThread:
             self.thread.join(timeout_s)
             return not self.thread.is_alive()
         return True
+
+
+def _is_for_want_of_memory(error: BaseException | None) -> bool:
+    """Whether there was no memory, of which not every part of Python makes a MemoryError."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if isinstance(error, RuntimeError) and "can't allocate" in str(error):  # a lock
+            return True
+        error = error.__context__
+    return False
 
 
 class ThreadGroup:

@@ -297,6 +297,21 @@ class Threads(GatewayCase):
                     gateway.get_engine_states_dict()
                 gateway.shutdown()
 
+    def test_want_of_memory_ends_it_with_a_sentence_whatever_python_calls_it(self) -> None:
+        for error in (MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("can't allocate read lock")):
+            with self.subTest(error):
+                dead: list[str] = []
+                gateway = StateGateway(self.config(), on_death=dead.append)
+                gateway.open()
+                with (
+                    mock.patch("state_store.StateStore.sweep", side_effect=error),
+                    self.assertLogs("elrar.gateway", "CRITICAL") as logged,
+                ):
+                    gateway.start()
+                    wait_until("it to end", lambda found=dead: found)  # type: ignore[misc]
+                self.assertRegex(logged.output[0], "no more memory.*MAX_ENGINES.*thread=reaper$")
+                gateway.shutdown()
+
     def test_a_stuck_thread_shows_after_its_limit(self) -> None:
         clock = FakeClock()
         release, entered = threading.Event(), threading.Event()
