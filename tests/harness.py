@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import queue
+import random
 import re
 import shutil
 import signal
@@ -143,16 +144,16 @@ def clean_environment(**settings: object) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A number that is free for UDP and for TCP on the loopback."""
+    """A number that is free for UDP and for TCP, below those that systems give to clients: none takes it meanwhile."""
     while True:
+        port = random.randrange(15_000, 32_000)
         with (
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
             socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
         ):
-            udp.bind(("127.0.0.1", 0))
-            port = int(udp.getsockname()[1])
             try:
-                tcp.bind(("127.0.0.1", port))
+                udp.bind(("0.0.0.0", port))
+                tcp.bind(("0.0.0.0", port))
             except OSError:
                 continue
             return port
