@@ -120,8 +120,11 @@ class Description(unittest.TestCase):
         self.assertIn(response.headers["Content-Type"].partition(";")[0], self.response("/watch", 200)["content"])
         stream = EventStream()
         seen: set[str] = set()
-        self.running.send(datagram(engine_id="http://a:8000", timestamp_ms=2**53, latency_pred_ms=8))
+        number = 0
         while seen != {"snapshot", "state"}:
+            # Again and again, because the snapshot may have the first of them already.
+            number += 1
+            self.running.send(datagram(engine_id="http://a:8000", timestamp_ms=2**52 + number, latency_pred_ms=8))
             for event in stream.feed(response.readline()):
                 seen.add(event.kind)
                 schema = events[event.kind]["data"]
