@@ -82,7 +82,7 @@ class BootMemory:
         self._forget_due(MAX_LOOKED_AT)
 
     def judge(
-        self, quoted_id: bytes, boot: bytes, seq: int, timestamp_ms: int, signature: bytes, *, is_farewell: bool = False
+        self, quoted_id: bytes, boot: bytes, seq: int, timestamp_ms: int, signature: bytes, is_farewell: bool = False
     ) -> str:
         """TAKEN, COPY or LATE, or the reason for which a datagram is refused; what is taken is remembered."""
         if not -MAX_CLOCK_ERROR_MS <= timestamp_ms - self._wall_ms <= MAX_CLOCK_ERROR_MS:

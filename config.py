@@ -77,6 +77,7 @@ class Config:
     receive_buffer: int
     ready_after_ms: int
     http_idle_timeout_s: int
+    keys_file: str | None  # None = datagrams need no signature
     http_tokens_file: str | None  # None = everybody may read
     allowed_origins: tuple[str, ...]  # of web pages; empty = none, ANY_ORIGIN in it = all
     stats_interval_s: int
@@ -235,6 +236,10 @@ SETTINGS: tuple[Setting, ...] = (
             f"a whole number of milliseconds from 0 to {_DAY_MS}",
             "ms after the start before `/readyz` says ready: beside another gateway, the time in which the engines are"
             " heard from again", _whole_number(0, _DAY_MS)),
+    Setting("KEYS_FILE", "keys_file", "(none)",
+            "a path of printable characters",
+            "path of the keys that sign datagrams, one a line; with it, only signed datagrams are taken; read again at"
+            " SIGHUP", _path),
     Setting("HTTP_IDLE_TIMEOUT", "http_idle_timeout_s", "650",
             "a whole number of seconds from 1 to 86400",
             "seconds for which an idle HTTP connection is kept: longer than balancers keep theirs, so that they close"
@@ -370,6 +375,7 @@ _COMPUTED_EXAMPLES = {
     "EXPIRE_AFTER": "6000",
     "HTTP_PORT": "9999",
     "ALLOWED_SOURCES": "0.0.0.0/0,::/0",
+    "KEYS_FILE": "/etc/elrar/keys",
     "HTTP_TOKENS_FILE": "/etc/elrar/http-tokens",
     "ALLOWED_ORIGINS": "https://dashboard.example:8443",
 }

@@ -72,4 +72,4 @@ def _why(keys: Keys, datagram: bytes, begins: int) -> str:
 
 def signature_of(datagram: bytes) -> bytes:
     """The signature of a signed datagram, with its key id: no two datagrams have the same."""
-    return datagram[datagram.rindex(_BEGINS) + len(_BEGINS) : -2]
+    return datagram[datagram.rindex(_BEGINS, -_MAX_TAIL_BYTES) + len(_BEGINS) : -2]

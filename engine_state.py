@@ -396,6 +396,7 @@ _AGENT_S = (
     rb', "num_requests_running": ' + _COUNT_OR_NULL + rb', "num_requests_waiting": ' + _COUNT_OR_NULL +
     rb'(?:, "dp_rank": ' + _COUNT_OR_NULL + rb')?(?:, "role": "[a-z_]{1,32}")?'
     rb', "engine": ' + _ASCII_TEXT % b"64" + rb', "agent": ' + _ASCII_TEXT % b"64" + rb")"
+    rb'(?:, "sig": "[A-Za-z0-9_-]{1,32}:[0-9a-f]{32}")?'
 )  # fmt: skip
 _CANONICAL = re.compile(
     rb"\{"

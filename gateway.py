@@ -61,6 +61,7 @@ if TYPE_CHECKING or not __package__ or __name__ == "__main__":
     from embedded_gateway import get_state_gateway
     from engine_state import EngineState
     from reader_access import load_tokens
+    from signing_keys import load_keys
     from sockets import format_address, listen_address
     from start_errors import StartError, cannot_have
     from state_gateway import VERSION, StateGateway
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = read_config(os.environ)
         if not options.health_check:
-            load_tokens(config.http_tokens_file, warn=options.check_config)
+            _read_secrets(config, warn=options.check_config)
     except ConfigError as error:
         for line in error.errors:
             _complain(line)
@@ -96,6 +97,18 @@ def main(arguments: Sequence[str]) -> int:
     if options.health_check:
         return _health_check(config)
     return _run_daemon(config)
+
+
+def _read_secrets(config: Config, *, warn: bool) -> None:
+    """Read the files of tokens and keys; raises ConfigError with what is wrong with either."""
+    errors = []
+    for load, path in ((load_tokens, config.http_tokens_file), (load_keys, config.keys_file)):
+        try:
+            load(path, warn=warn)
+        except ConfigError as error:
+            errors += error.errors
+    if errors:
+        raise ConfigError(errors)
 
 
 class _Exits:
@@ -191,6 +204,7 @@ def _wait_for_exit(gateway: StateGateway, exits: _Exits, systemd: SystemdNotify)
         if "SIGHUP" in reasons:
             gateway.reopen_log()
             gateway.reload_tokens()
+            gateway.reload_keys()
             systemd.reloading(gateway.describe())
             reasons.remove("SIGHUP")
         if reasons:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS
 
 ACCEPTED = "accepted"
@@ -19,6 +20,7 @@ DUPLICATE = "duplicate"
 OUT_OF_ORDER = "out_of_order"
 REJECTED_CAPACITY = "rejected_capacity"
 REJECTED_SOURCE = "rejected_source"
+REJECTED_SIGNATURE = "rejected_signature"
 INVALID = "invalid"
 FAREWELL = "farewell"
 
@@ -43,6 +45,11 @@ class Outcome:
 # In the order in which they are asked.
 OUTCOMES = (
     Outcome(REJECTED_SOURCE, "rejected_source", "the sender is not in `ALLOWED_SOURCES`", "no", False, False),
+    Outcome(
+        REJECTED_SIGNATURE, "rejected_signature",
+        "`KEYS_FILE` is set and it is not signed, or may not be taken for its signature; `signature_reasons` says why",
+        "no", False, False,
+    ),
     Outcome(INVALID, "invalid_states", "it is no valid state; `invalid_reasons` says why", "no", False, False),
     Outcome(
         FAREWELL, "farewells", "its `phase` is `gone`, and it is not late", "the engine is removed at once", True, False
@@ -137,6 +144,7 @@ FINAL_COUNTERS = (
     *(counter.name for counter in ENGINE_COUNTERS),
     "lost_states",
     "invalid_reasons",
+    "signature_reasons",
     "kernel_dropped",
 )
 
@@ -157,8 +165,11 @@ class DatagramCounters:
 
     def __init__(self) -> None:
         self._outcomes = {outcome.name: 0 for outcome in OUTCOMES}
-        self._rare = tuple(name for name in self._outcomes if name not in (ACCEPTED, INVALID, REJECTED_SOURCE))
+        self._rare = tuple(
+            name for name in self._outcomes if name not in (ACCEPTED, INVALID, REJECTED_SOURCE, REJECTED_SIGNATURE)
+        )
         self._invalid = dict.fromkeys(REASONS, 0)
+        self._signature = dict.fromkeys(SIGNATURE_REASONS, 0)
         self._engines = {counter.name: 0 for counter in ENGINE_COUNTERS}
         self._last_received_s: float | None = None  # since the epoch
 
@@ -175,6 +186,16 @@ class DatagramCounters:
             self._invalid[reason] += 1
             counts[INVALID] += 1
         self._last_received_s = received_s
+
+    def count_signed(self, outcomes: Iterable[str], copies: int, rejected: Iterable[str]) -> None:
+        """Count what only keys bring about in a batch: states of earlier boots, copies, and reasons of rejections."""
+        counts = self._outcomes
+        for outcome in outcomes:
+            counts[outcome] += 1
+        counts[DUPLICATE] += copies
+        for reason in rejected:
+            self._signature[reason] += 1
+            counts[REJECTED_SIGNATURE] += 1
 
     def add(self, name: str, count: int = 1) -> None:
         """Count something of ENGINE_COUNTERS."""
@@ -194,5 +215,6 @@ class DatagramCounters:
             **self._engines,
             "lost_states": self._engines["sequence_gap_states"] - self._engines["late_states"],
             "invalid_reasons": self._invalid.copy(),
+            "signature_reasons": self._signature.copy(),
             "last_received": self._last_received_s,
         }

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from datagram_signature import SIGNATURE_REASONS
 from engine_state import FIELDS, REASONS
 from gateway_counters import COUNTERS, OUTCOMES, Counter
 from http_message import JSON_TYPE
@@ -199,6 +200,8 @@ def _stats() -> Schema:
         (sections.setdefault(section, {}) if section else properties)[name] = _counter(counter)
     reasons = {name: _integer(_plain(meaning)) for name, meaning in REASONS.items()}
     properties["invalid_reasons"] = _object(reasons, "invalid datagrams by reason")
+    reasons = {name: _integer(_plain(meaning)) for name, meaning in SIGNATURE_REASONS.items()}
+    properties["signature_reasons"] = _object(reasons, "datagrams refused for their signature, by reason")
     rejections = {name: _integer(meaning) for name, meaning in REJECTIONS.items()}
     sections["http"]["rejections"] = _object(rejections, "connections turned away or cut off, by reason")
     properties.update({name: _object(section) for name, section in sections.items()})

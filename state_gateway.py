@@ -28,6 +28,8 @@ from own_addresses import is_one_sender
 from pause_meter import PauseMeter
 from query_server import QueryServer, counters_document
 from reader_access import ReaderAccess, load_tokens
+from signed_intake import SignedIntake
+from signing_keys import load_keys
 from staleness import UNAVAILABLE
 from start_errors import StartError, cannot_have, cannot_log
 from state_entry import entry
@@ -90,6 +92,10 @@ class StateGateway:
         )
         self._watch = Watch(self._store, instance=self._instance, clock=clock, wall_clock=wall_clock)
         self._access = ReaderAccess(load_tokens(config.http_tokens_file), config.allowed_origins, clock=clock)
+        keys = load_keys(config.keys_file)
+        self._signed = (
+            None if keys is None else SignedIntake(keys, config.max_engines, self._store.freshness, clock=clock)
+        )
         self._log: StateLog | None = None
         self._http: QueryServer | LateQueryServer | None = None
 
@@ -116,6 +122,7 @@ class StateGateway:
             self._store,
             self._log,
             allowed_sources=config.allowed_sources,
+            signed=self._signed,
             low_latency=self._embedded,
             watermark_readers=[self._clock.note_taken],
             events=self._events,
@@ -200,6 +207,18 @@ class StateGateway:
         """Open the state log anew, as after SIGHUP."""
         if self._log is not None:
             self._log.reopen()
+
+    def reload_keys(self) -> None:
+        """Read the keys again, as after SIGHUP; if they cannot be used, the old ones stay."""
+        if self._signed is None:
+            return
+        try:
+            keys = load_keys(self.config.keys_file)
+        except ConfigError as error:
+            logger.error("the keys stay as they were: %s", error)
+            return
+        if keys is not None:
+            self._signed.set_keys(keys)
 
     def reload_tokens(self) -> None:
         """Read the readers' tokens again, as after SIGHUP; if they cannot be used, the old ones stay."""

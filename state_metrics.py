@@ -175,6 +175,8 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
                 [({"network_mode": mode.name}, stats[mode.counter]) for mode in MODES.values()]),
         _family("datagrams_invalid_total", "counter", "Datagrams rejected as invalid, by reason",
                 [({"reason": reason}, count) for reason, count in stats["invalid_reasons"].items()]),
+        _family("datagrams_unsigned_total", "counter", "Datagrams refused for their signature, by reason",
+                [({"reason": reason}, count) for reason, count in stats["signature_reasons"].items()]),
         _family("http_rejections_total", "counter", "Connections turned away or cut off at a limit, by reason",
                 [({"reason": reason}, count) for reason, count in stats["http"]["rejections"].items()]),
     ]  # fmt: skip

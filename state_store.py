@@ -82,6 +82,12 @@ class Batch:
     rejected_source: int = 0
     invalid: list[str] = field(default_factory=list)  # a reason each
     ignored_fields: int = 0  # valid ones with a field that is not kept
+    # With keys only:
+    rejected_signature: list[str] = field(default_factory=list)  # a reason each
+    copies: int = 0  # the last datagram taken of an engine, again: duplicates that are not heard
+    late: list[tuple[DatagramTexts, bytes, bytes]] = field(
+        default_factory=list
+    )  # of an earlier boot: state, source, text
 
 
 HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
@@ -286,8 +292,22 @@ class StateStore:
             self._history_bytes += grown
             self._counters.count(batch.received_s, outcomes, batch.invalid, batch.rejected_source)
             self._counters.add("ignored_fields", batch.ignored_fields)
+            if batch.rejected_signature or batch.copies or batch.late:
+                late = [self._apply_earlier(state, source, now, receipt) for state, source, _ in batch.late]
+                self._counters.count_signed(late, batch.copies, batch.rejected_signature)
             self._version += 1
         return outcomes
+
+    def _apply_earlier(self, texts: DatagramTexts, source: bytes, now: float, receipt: bytes) -> str:
+        """The outcome of a signed datagram of an earlier boot: late, also if that boot is not remembered here."""
+        engine = self._engines.get(texts[0])
+        if engine is None:
+            return OUT_OF_ORDER
+        if engine.sequence is not None and engine.sequence.knows(texts[BOOT]):
+            record = encode_fields(texts[1:BOOT]) + receipt
+            return self._apply_to(engine, texts, (record, is_heartbeat(texts), now, source, NOTHING))
+        self._hear(engine, engine.heard_at, now)
+        return OUT_OF_ORDER
 
     def _apply_one(self, engine: KnownEngine | None, texts: DatagramTexts, shown: Visible) -> str:
         """The outcome of any datagram; `shown` is what it would show."""

@@ -31,6 +31,7 @@ from intake_progress import Pacing, ReadBarrier, Watermark
 from kernel_drops import KernelDrops
 from log_throttle import LogThrottle
 from rejected_samples import RejectedSamples
+from signed_intake import SignedIntake
 from sockets import SocketLost, bind_anew, format_address, granted_receive_buffer
 from state_log import StateLog
 from state_store import Batch, StateStore
@@ -126,6 +127,7 @@ class UdpListener:
         log: StateLog | None,
         *,
         allowed_sources: Sequence[Network] = (),
+        signed: SignedIntake | None = None,
         low_latency: bool = False,
         watermark_readers: Sequence[Callable[[float], None]] = (),
         events: FleetEvents | None = None,
@@ -141,6 +143,7 @@ class UdpListener:
         self._store = store
         self._log = log
         self._sources = _Sources(tuple(allowed_sources))
+        self._signed = signed
         self._clock = clock
         self._wall_clock = wall_clock
         self._stopping = False
@@ -258,17 +261,25 @@ class UdpListener:
         sources = [known[address] for address in addresses]
         if _REFUSED in sources:
             datagrams, sources = self._without_refused(batch, datagrams, addresses)
+        signed = self._signed
+        if signed is not None:
+            datagrams, sources = signed.verify(batch, datagrams, sources)
         matched = match_all_canonical(datagrams)
         if None in matched:
             batch.states, texts, batch.sources = self._parse(batch, matched, datagrams, sources)
         else:
             batch.states, texts, batch.sources = cast("list[DatagramTexts]", matched), datagrams, sources
+        if signed is not None:
+            texts = signed.admit(batch, texts)
         outcomes = self._store.apply(batch)
         if self._log is not None:
             logged_sources = batch.sources
             if outcomes.count(ACCEPTED) < len(outcomes):
                 kept = [outcome not in UNLOGGED for outcome in outcomes]
                 texts, logged_sources = list(compress(texts, kept)), list(compress(batch.sources, kept))
+            if batch.late:
+                texts = [*texts, *(text for _, _, text in batch.late)]
+                logged_sources = [*logged_sources, *(source for _, source, _ in batch.late)]
             self._log.append(batch.received_s, texts, logged_sources)
         self._note(batch, outcomes)
 
@@ -312,7 +323,8 @@ class UdpListener:
                         logger.debug("datagram invalid reason=%s source=%s", error, unquote_json(source))
                     continue
                 state = parsed.texts()
-                text = datagram_json(state)
+                if self._signed is None:  # what is signed is kept as it came, so that it can be checked later
+                    text = datagram_json(state)
                 batch.ignored_fields += parsed.passed_over
             states.append(state)
             texts.append(text)
@@ -321,6 +333,8 @@ class UdpListener:
 
     def _note(self, batch: Batch, outcomes: list[str]) -> None:
         if REJECTED_CAPACITY in outcomes:
+            if self._signed is not None:
+                self._signed.take_back(batch, outcomes)
             for (quoted_id, *_), source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
                 if outcome is REJECTED_CAPACITY:
                     self._notices.capacity.record("engine_id=%r source=%s", quoted_id, source)
@@ -332,6 +346,8 @@ class UdpListener:
     def flush_notices(self) -> None:
         """Write the lines of the log that are due; for the listener's thread."""
         self._notices.flush(self._drops.total() or 0)
+        if self._signed is not None:
+            self._signed.notice.flush()
 
     def rejected_samples(self) -> dict[str, dict[str, Any]]:
         """For each reason the last datagram that was rejected."""

@@ -50,6 +50,7 @@ class Defaults(unittest.TestCase):
                 receive_buffer=8388608,
                 ready_after_ms=0,
                 http_idle_timeout_s=650,
+                keys_file=None,
                 http_tokens_file=None,
                 allowed_origins=(),
                 stats_interval_s=60,
@@ -252,7 +253,7 @@ class OneTable(unittest.TestCase):
         every = dict(line.lstrip("#").split("=", 1) for line in lines if line.lstrip("#").startswith("VLLM_"))
         self.assertEqual(list(every), [setting.variable for setting in SETTINGS])
         computed = {**vars(read_config({})), "http_follows_udp": False}
-        for only_looks_like_it in ("allowed_sources", "http_tokens_file", "allowed_origins"):
+        for only_looks_like_it in ("allowed_sources", "keys_file", "http_tokens_file", "allowed_origins"):
             del computed[only_looks_like_it]
         self.assertEqual({name: getattr(read_config(every), name) for name in computed}, computed)
 

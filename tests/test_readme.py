@@ -15,6 +15,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
+import boot_memory
 import daemon_log
 import engine_state
 import http_message
@@ -25,6 +26,7 @@ import state_query
 import state_store
 import state_watch
 from config import PREFIX, SETTINGS, read_config
+from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS
 from tests.harness import (
     DEADLINE_S,
@@ -115,7 +117,7 @@ class BothLanguages(unittest.TestCase):
                 self.assertEqual(sorted(code(row)), sorted(code(its_twin)))
 
     def test_the_reasons_are_those_of_the_parser(self) -> None:
-        for reason, meaning in REASONS.items():
+        for reason, meaning in {**REASONS, **SIGNATURE_REASONS}.items():
             self.assertIn(f"| `{reason}` | {meaning} |", read(ENGLISH))
 
     def test_the_bounds_are_those_of_the_program(self) -> None:
@@ -127,6 +129,7 @@ class BothLanguages(unittest.TestCase):
             [
                 [engine_state.MAX_DATAGRAM_BYTES],
                 [engine_state.MAX_NESTING],
+                [boot_memory.MAX_BOOTS, boot_memory.BOOTS_PER_ENGINE],
                 [state_store.HISTORY_BYTES >> 20],
                 [state_log.BUFFER_BYTES >> 20],
                 [query_server.MAX_CONNECTIONS, query_connection.RESERVE_CONNECTIONS],

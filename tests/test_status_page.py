@@ -19,6 +19,7 @@ import unittest
 from collections.abc import Iterator
 from typing import Any
 
+from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS
 from fleet_events import EVENT_KINDS
 from state_watch import MAX_READERS
@@ -128,6 +129,7 @@ class Strings(unittest.TestCase):
         code = self.code + markup()
         unused = {key for key in self.strings if f'"{key}"' not in code} - self.used()
         told = {f"invalid_reasons.{reason}" for reason in REASONS} | {f"event.{kind}" for kind in EVENT_KINDS}
+        told |= {f"signature_reasons.{reason}" for reason in SIGNATURE_REASONS}
         told |= {f"phase.{phase}" for phase in ("starting", "draining", "sleeping", "stuck")}
         self.assertEqual(unused, told, "the reasons come by /stats, the events by /events, the phases with an engine")
 

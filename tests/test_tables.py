@@ -131,12 +131,15 @@ class Counters(unittest.TestCase):
         document = counters.document()
         self.assertEqual(document["accepted"], 2)
         for outcome in OUTCOMES:
-            if outcome.counter not in (None, "rejected_source", "invalid_states"):
+            if outcome.counter not in (None, "rejected_source", "rejected_signature", "invalid_states"):
                 self.assertEqual(document[outcome.counter], 2, outcome.name)
         counters.count(2.5, [], ["not_json", "not_json", "too_deep"], 4)
         document = counters.document()
         self.assertEqual((document["invalid_states"], document["rejected_source"]), (3, 4))
         self.assertEqual((document["invalid_reasons"]["not_json"], document["last_received"]), (2, 2.5))
+        counters.count_signed(["out_of_order"], 3, ["unsigned", "clock", "clock"])
+        document = counters.document()
+        self.assertEqual((document["rejected_signature"], document["signature_reasons"]["clock"]), (3, 2))
         outcomes = sum(document[outcome.counter] for outcome in OUTCOMES if outcome.counter is not None)
         self.assertEqual(document["total_received"], outcomes + document["accepted"])
 
