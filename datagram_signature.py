@@ -6,8 +6,9 @@ byte before that. It is checked before anything else is made of the datagram, so
 
 from __future__ import annotations
 
-import hmac
 import re
+from collections.abc import Sequence
+from hmac import compare_digest
 
 from signing_keys import Keys, SigningKey
 
@@ -34,42 +35,51 @@ SIGNATURE_REASONS = {
 
 _BEGINS = b', "sig": "'
 _TAIL = re.compile(_BEGINS + rb'([A-Za-z0-9_-]{1,32}):[0-9a-f]{32}"\}')
+_BEGINS_BYTES = len(_BEGINS)
+_CODE_BYTES = 1 + 32  # a colon and the digits
 _MAX_TAIL_BYTES = len(_BEGINS) + 32 + 1 + 32 + 2
 
 
 class SignatureCheck:
-    """Finds out who signed a datagram. For the listener's thread; `keys` may be replaced from any."""
+    """Finds out who signed a datagram. For the listener's thread; `keys` are replaced as a whole, and never changed."""
 
     def __init__(self, keys: Keys) -> None:
-        self.keys = keys  # replaced as a whole, never changed
+        self.keys = keys
 
-    def check(self, datagram: bytes) -> SigningKey | str:
-        """The key that signed a datagram, or the reason why it is refused."""
-        keys = self.keys
-        begins = datagram.rfind(_BEGINS, -_MAX_TAIL_BYTES)
-        key_id, _, code = datagram[begins + len(_BEGINS) : -2].partition(b":")
-        key = keys.get(key_id)
-        # Whatever these let pass, a look at the whole tail would: a key that is known has a name of the right form, and
-        # the code is compared with how it has to be written, in a time that tells nothing.
-        if (
-            key is not None
-            and begins >= 0
-            and datagram[-2:] == b'"}'
-            and b"\n" not in datagram
-            and b"\r" not in datagram
-            and hmac.compare_digest(key.code(datagram[:begins]), code)
-        ):
-            return key
-        return _why(keys, datagram, begins)
+    def check(self, datagrams: Sequence[bytes]) -> tuple[list[SigningKey | str], list[bytes]]:
+        """For each datagram the key that signed it, or the reason why it is refused; and its signature."""
+        # One loop with all in it: of what it takes, two thirds are the codes.
+        keys, begins_with, longest = self.keys, _BEGINS, -_MAX_TAIL_BYTES
+        text = b"".join(datagrams)
+        in_one_line = b"\n" not in text and b"\r" not in text
+        found: list[SigningKey | str] = []
+        signatures = []
+        for datagram in datagrams:
+            begins = datagram.rfind(begins_with, longest)
+            signature = datagram[begins + _BEGINS_BYTES : -2]
+            signatures.append(signature)
+            key = keys.get(signature[:-_CODE_BYTES])
+            # Whatever these let pass, a look at the whole tail would: a key that is known has a name of the right form,
+            # and the code is compared with how it has to be written, in a time that tells nothing.
+            if (
+                key is not None
+                and begins >= 0
+                and datagram.endswith(b'"}')
+                and compare_digest(key.code(datagram[:begins]), signature[-_CODE_BYTES:])
+                and (in_one_line or _is_in_one_line(datagram))
+            ):
+                found.append(key)
+            else:
+                found.append(_why(keys, datagram, begins))
+        return found, signatures
+
+
+def _is_in_one_line(datagram: bytes) -> bool:
+    return b"\n" not in datagram and b"\r" not in datagram
 
 
 def _why(keys: Keys, datagram: bytes, begins: int) -> str:
     tail = _TAIL.fullmatch(datagram, begins) if begins >= 0 else None
-    if tail is None or b"\n" in datagram or b"\r" in datagram:  # of two lines the log would make two
+    if tail is None or not _is_in_one_line(datagram):  # the log has a line a datagram
         return UNSIGNED
     return BAD_SIGNATURE if tail[1] in keys else UNKNOWN_KEY
-
-
-def signature_of(datagram: bytes) -> bytes:
-    """The signature of a signed datagram, with its key id: no two datagrams have the same."""
-    return datagram[datagram.rindex(_BEGINS, -_MAX_TAIL_BYTES) + len(_BEGINS) : -2]

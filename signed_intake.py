@@ -10,20 +10,19 @@ import logging
 import time
 from collections.abc import Callable
 from itertools import compress
+from typing import cast
 
 from boot_memory import COPY, LATE, TAKEN, BootMemory
 from config import PREFIX
-from datagram_signature import NO_SEQUENCE, NOT_ITS_ENGINE, SignatureCheck, signature_of
-from engine_state import BOOT, GONE, PHASE, SEQ, DatagramTexts, unquote_json
+from datagram_signature import NOT_ITS_ENGINE, SignatureCheck
+from engine_state import BOOT, unquote_json
 from gateway_counters import REJECTED_CAPACITY
 from log_throttle import LogThrottle
-from signing_keys import Keys
+from signing_keys import Keys, SigningKey
 from staleness import Freshness
 from state_store import Batch
 
 logger = logging.getLogger("elrar.listener")
-
-_CODE_CHARS = 1 + 32  # the colon behind a key id, and the code
 
 
 class SignedIntake:
@@ -32,8 +31,11 @@ class SignedIntake:
     def __init__(
         self, keys: Keys, max_engines: int, freshness: Freshness, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._keys = keys  # of this batch
-        self._next_keys = keys
+        self._next_keys = keys  # of the next batch
+        # Of the batch between `verify` and `admit`: what was verified, and who signed it.
+        self._datagrams: list[bytes] = []
+        self._signatures: list[bytes] = []
+        self._keys: list[SigningKey] = []
         self._check = SignatureCheck(keys)
         self._memory = BootMemory(max_engines, freshness)
         self.notice = LogThrottle(
@@ -46,24 +48,45 @@ class SignedIntake:
 
     def verify(self, batch: Batch, datagrams: list[bytes], sources: list[bytes]) -> tuple[list[bytes], list[bytes]]:
         """Those that a known key signed, and their sources; the others are noted in the batch."""
-        if self._next_keys is not self._keys:
-            self._keys = self._check.keys = self._next_keys
-        check = self._check.check
-        found = [check(datagram) for datagram in datagrams]
-        if str not in map(type, found):
-            return datagrams, sources
-        for reason, datagram, source in zip(found, datagrams, sources, strict=True):
-            if type(reason) is str:
-                self._reject(batch, reason, f"bytes={len(datagram)}", source)
-        kept = [type(one) is not str for one in found]
-        return list(compress(datagrams, kept)), list(compress(sources, kept))
+        if self._next_keys is not self._check.keys:
+            self._check.keys = self._next_keys
+        found, signatures = self._check.check(datagrams)
+        if str in map(type, found):
+            for reason, datagram, source in zip(found, datagrams, sources, strict=True):
+                if isinstance(reason, str):
+                    self._reject(batch, reason, f"bytes={len(datagram)}", source)
+            kept = [not isinstance(one, str) for one in found]
+            datagrams, sources = list(compress(datagrams, kept)), list(compress(sources, kept))
+            signatures, found = list(compress(signatures, kept)), list(compress(found, kept))
+        self._datagrams, self._signatures, self._keys = datagrams, signatures, cast("list[SigningKey]", found)
+        return datagrams, sources
 
     def admit(self, batch: Batch, texts: list[bytes]) -> list[bytes]:
-        """Leave in the batch the states that may be taken; returns their datagrams. `texts` are all of them."""
+        """Leave in the batch the states that may be taken; returns their datagrams. `texts` are all that are valid."""
+        if len(texts) < len(self._datagrams):
+            self._forget_invalid(texts)
+        if not all(key.speaks_for_all for key in set(self._keys)):
+            may = [key.speaks_for(state[0]) for key, state in zip(self._keys, batch.states, strict=True)]
+            if False in may:
+                texts = self._leave(batch, texts, [TAKEN if spoken_for else NOT_ITS_ENGINE for spoken_for in may])
+                self._signatures = list(compress(self._signatures, may))
         self._memory.begin(batch.received_at, batch.received_s)
-        found = list(map(self._judge, batch.states, texts))
-        if found.count(TAKEN) == len(found):
-            return texts
+        found = self._memory.judge_all(batch.states, self._signatures)
+        return texts if found.count(TAKEN) == len(found) else self._leave(batch, texts, found)
+
+    def _forget_invalid(self, texts: list[bytes]) -> None:
+        """Keep the signatures of those datagrams that are left; they are the same objects, in the same order."""
+        left = iter(texts)
+        next_one = next(left, None)
+        kept = []
+        for datagram in self._datagrams:
+            kept.append(datagram is next_one)
+            if kept[-1]:
+                next_one = next(left, None)
+        self._signatures, self._keys = list(compress(self._signatures, kept)), list(compress(self._keys, kept))
+
+    def _leave(self, batch: Batch, texts: list[bytes], found: list[str]) -> list[bytes]:
+        """Leave what is TAKEN in the batch, and note the others in it."""
         for verdict, state, source, text in zip(found, batch.states, batch.sources, texts, strict=True):
             if verdict is LATE:
                 batch.late.append((state, source, text))
@@ -75,15 +98,6 @@ class SignedIntake:
         batch.states = list(compress(batch.states, kept))
         batch.sources = list(compress(batch.sources, kept))
         return list(compress(texts, kept))
-
-    def _judge(self, state: DatagramTexts, text: bytes) -> str:
-        signature = signature_of(text)
-        boot = state[BOOT]
-        if not self._keys[signature[:-_CODE_CHARS]].speaks_for(state[0]):
-            return NOT_ITS_ENGINE
-        if boot is None:
-            return NO_SEQUENCE
-        return self._memory.judge(state[0], boot, int(state[SEQ]), int(state[1]), signature, state[PHASE] == GONE)
 
     def take_back(self, batch: Batch, outcomes: list[str]) -> None:
         """What found no place in the table was not taken, and its boot is not remembered."""

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import stat
+from binascii import hexlify
 from collections.abc import Mapping
 
 from config import PREFIX, ConfigError
@@ -83,7 +84,7 @@ class IdPattern:
 class SigningKey:
     """A key, and the engines that it speaks for. `code` and `speaks_for` belong to the listener's thread."""
 
-    __slots__ = ("_inner", "_outer", "_pattern", "_speaks_for", "key_id")
+    __slots__ = ("_inner", "_outer", "_pattern", "_speaks_for", "key_id", "speaks_for_all")
 
     def __init__(self, key_id: bytes, secret: bytes, pattern: IdPattern | None) -> None:
         """`secret`: 16 to 64 bytes. It is not kept, so that nothing can show it."""
@@ -93,14 +94,15 @@ class SigningKey:
         self._inner = hashlib.sha256(padded.translate(_INNER))
         self._outer = hashlib.sha256(padded.translate(_OUTER))
         self._pattern = pattern
+        self.speaks_for_all = pattern is None
         self._speaks_for: dict[bytes, bool] = {}
 
     def code(self, text: bytes) -> bytes:
-        """The first half of HMAC-SHA256 over a text, as 32 lower-case hex digits."""
+        """A colon, and the first half of HMAC-SHA256 over a text as 32 lower-case hex digits."""
         inner, outer = self._inner.copy(), self._outer.copy()
         inner.update(text)
         outer.update(inner.digest())
-        return outer.digest()[:CODE_BYTES].hex().encode()
+        return b":" + hexlify(outer.digest()[:CODE_BYTES])
 
     def speaks_for(self, quoted_id: bytes) -> bool:
         """Whether it may sign for an engine; the id is JSON text."""

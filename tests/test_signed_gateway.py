@@ -7,10 +7,15 @@ import json
 import random
 import re
 import secrets
+import signal
 import socket
+import subprocess
+import sys
+import time
 import unittest
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from datagram_signature import SIGNATURE_REASONS
@@ -21,7 +26,17 @@ from signing_keys import IdPattern, SigningKey
 from sockets import open_udp_sockets
 from state_log import StateLog
 from state_store import StateStore
-from tests.harness import TOP, FakeClock, datagram
+from tests.harness import (
+    TOP,
+    Daemon,
+    FakeClock,
+    FolderCase,
+    clean_environment,
+    daemon,
+    datagram,
+    gateway_command,
+    wait_until,
+)
 from udp_listener import UdpListener
 
 HONEST = Key("fleet", b"a key of the honest" * 2)
@@ -384,6 +399,114 @@ class Siege(SignedCase):
         changed = bytearray(victim)
         changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
         return bytes(changed)
+
+
+class Daemons(FolderCase):
+    """The daemon itself, its files, and the agent, as an operator has them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.folder / "keys"
+        self.line = subprocess.run(
+            [sys.executable, str(TOP / "engine_agent.py"), "--new-key", "fleet"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        self.secret = self.line.split()[1]
+        self.write(self.line)
+
+    def write(self, text: str, path: Path | None = None) -> None:
+        path = path or self.path
+        path.write_text(text)
+        path.chmod(0o600)
+
+    def datagram(self, engine_id: str, key: Key) -> bytes:
+        load = Load(10.0, "balanced", 1, 50, 100, 1000.0, 1, 0)
+        return DatagramWriter(engine_id, model="m", key=key).write("serving", int(time.time() * 1000), load)
+
+    def test_what_the_agent_sends_is_taken(self) -> None:
+        """One line that it printed, on both sides; nothing else is taken, and the key is shown nowhere."""
+        with daemon(self.folder, KEYS_FILE=self.path, LOG_FILE="states.jsonl") as running:
+            agent = subprocess.run(
+                [
+                    *(sys.executable, str(TOP / "engine_agent.py"), "--simulate", "3", "--seconds", "1"),
+                    *("--gateway", f"127.0.0.1:{running.udp_port}", "--key-file", str(self.path)),
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            running.send(datagram(), self.datagram("e", Key("fleet", b"x" * 32)))
+            stats = wait_until("both to be refused", lambda: (s := running.stats())["rejected_signature"] >= 2 and s)
+            reasons = {name: count for name, count in stats["signature_reasons"].items() if count}
+            self.assertEqual(reasons, {"unsigned": 1, "bad_signature": 1})
+            self.assertGreater(stats["valid_states"], 3)
+            self.assertEqual(stats["valid_states"] + 2, stats["total_received"])
+            page = running.ask("/metrics").body.decode()
+            self.assertIn('elrar_state_gateway_datagrams_unsigned_total{reason="unsigned"} 1\n', page)
+            self.assertEqual(running.stop(), 0)
+            said = agent.stdout + agent.stderr + "".join(running.lines) + page + json.dumps(stats)
+        log = self.folder / "states.jsonl"
+        self.assertNotIn(self.secret[:8], said + log.read_text())
+        for state in re.findall(r'"state": (\{.*"sig": "[^"]*"\}), "source"', log.read_text()):
+            body, _, code = state.encode().rpartition(b', "sig": "fleet:')
+            self.assertEqual(hmac.digest(bytes.fromhex(self.secret), body, "sha256")[:16].hex(), code[:-2].decode())
+
+    def test_sighup(self) -> None:
+        """A file that cannot be used leaves the keys as they are, and is said; one that can takes their place."""
+        old, new = Key("fleet", bytes.fromhex(self.secret)), Key("new", b"n" * 16)
+        with daemon(self.folder, KEYS_FILE=self.path) as running:
+            self.write(f"{self.line}fleet {self.secret}\n")
+            running.signal(signal.SIGHUP)
+            self.assertIn("line 2: its key id is that of line 1", running.wait_for_line("the keys stay as they were"))
+            running.send(self.datagram("first", old))
+            running.wait_received(1)
+            self.assertEqual(running.ask("/engines/first").status, 200)
+            self.write(f"new {new.secret.hex()} by-*\n")
+            running.signal(signal.SIGHUP)
+
+            def is_taken() -> bool:
+                running.send(self.datagram("by-new", new))
+                return running.ask("/engines/by-new").status == 200
+
+            wait_until("the new key to be known", is_taken)
+            before = running.stats()
+            running.send(self.datagram("third", old), self.datagram("third", new))
+            stats = running.wait_received(before["total_received"] + 2)
+            for reason in ("unknown_key", "not_its_engine"):
+                self.assertGreater(stats["signature_reasons"][reason], 0)
+            self.assertEqual(running.ask("/engines/third").status, 404)
+            self.assertEqual(running.stop(), 0)
+            self.assertNotIn(self.secret[:8], "".join(running.lines))
+
+    def test_wrong_files_are_wrong_settings(self) -> None:
+        """All at once, exit 2, and no key in what is said."""
+        tokens = self.folder / "tokens"
+        self.write(self.secret)
+        self.write("short", tokens)
+        running = Daemon(self.folder, {"KEYS_FILE": self.path, "HTTP_TOKENS_FILE": tokens})
+        self.addCleanup(running.close)
+        self.assertEqual(running.wait_exit(), 2)
+        said = "".join(running.lines)
+        self.assertRegex(said, "HTTP_TOKENS_FILE=.* line 1: ")
+        self.assertRegex(said, "KEYS_FILE=.* line 1: ")
+        self.assertNotIn(self.secret[:8], said)
+
+    def test_check_config(self) -> None:
+        """The path is shown, and not the key; a file for everybody's eyes is warned about."""
+        self.path.chmod(0o644)
+        done = subprocess.run(
+            gateway_command("--check-config"),
+            env=clean_environment(KEYS_FILE=self.path),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(f"VLLM_STATE_GATEWAY_KEYS_FILE={self.path}  # environment", done.stdout)
+        self.assertIn("chmod o=", done.stdout + done.stderr)
+        self.assertNotIn(self.secret[:8], done.stdout + done.stderr)
 
 
 if __name__ == "__main__":
