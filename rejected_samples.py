@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS, unquote_json
 from gateway_counters import REJECTED_CAPACITY, REJECTED_SOURCE
 
@@ -21,7 +22,9 @@ class RejectedSamples:
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, _Kept | None] = dict.fromkeys((*REASONS, REJECTED_CAPACITY, REJECTED_SOURCE))
+        self._last: dict[str, _Kept | None] = dict.fromkeys(
+            (*REASONS, *SIGNATURE_REASONS, REJECTED_CAPACITY, REJECTED_SOURCE)
+        )
 
     def keep(self, reason: str, received_s: float, source: bytes, detail: str = "", *arguments: object) -> None:
         """Keep the last one of a reason. `source` is JSON text, as arguments of bytes are."""

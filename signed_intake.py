@@ -18,6 +18,7 @@ from datagram_signature import NOT_ITS_ENGINE, SignatureCheck
 from engine_state import BOOT, unquote_json
 from gateway_counters import REJECTED_CAPACITY
 from log_throttle import LogThrottle
+from rejected_samples import RejectedSamples
 from signing_keys import Keys, SigningKey
 from staleness import Freshness
 from state_store import Batch
@@ -32,6 +33,7 @@ class SignedIntake:
         self, keys: Keys, max_engines: int, freshness: Freshness, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._next_keys = keys  # of the next batch
+        self.samples = RejectedSamples()
         # Of the batch between `verify` and `admit`: what was verified, and who signed it.
         self._datagrams: list[bytes] = []
         self._signatures: list[bytes] = []
@@ -54,7 +56,7 @@ class SignedIntake:
         if str in map(type, found):
             for reason, datagram, source in zip(found, datagrams, sources, strict=True):
                 if isinstance(reason, str):
-                    self._reject(batch, reason, f"bytes={len(datagram)}", source)
+                    self._reject(batch, reason, source, "bytes=%d", len(datagram))
             kept = [not isinstance(one, str) for one in found]
             datagrams, sources = list(compress(datagrams, kept)), list(compress(sources, kept))
             signatures, found = list(compress(signatures, kept)), list(compress(found, kept))
@@ -93,7 +95,7 @@ class SignedIntake:
             elif verdict is COPY:
                 batch.copies += 1
             elif verdict is not TAKEN:
-                self._reject(batch, verdict, f"engine_id={unquote_json(state[0])!r}", source)
+                self._reject(batch, verdict, source, "engine_id=%r", state[0])
         kept = [verdict is TAKEN for verdict in found]
         batch.states = list(compress(batch.states, kept))
         batch.sources = list(compress(batch.sources, kept))
@@ -105,8 +107,10 @@ class SignedIntake:
             if outcome is REJECTED_CAPACITY:
                 self._memory.take_back(state[0], state[BOOT])
 
-    def _reject(self, batch: Batch, reason: str, what: str, source: bytes) -> None:
+    def _reject(self, batch: Batch, reason: str, source: bytes, detail: str, argument: object) -> None:
         batch.rejected_signature.append(reason)
-        self.notice.record("%s %s source=%s", reason, what, source)
+        self.notice.record(f"%s {detail} source=%s", reason, argument, source)
+        self.samples.keep(reason, batch.received_s, source, detail, argument)
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("datagram rejected_signature reason=%s %s source=%s", reason, what, unquote_json(source))
+            shown = detail % (unquote_json(argument) if isinstance(argument, bytes) else argument)
+            logger.debug("datagram rejected_signature reason=%s %s source=%s", reason, shown, unquote_json(source))

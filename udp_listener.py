@@ -351,7 +351,7 @@ class UdpListener:
 
     def rejected_samples(self) -> dict[str, dict[str, Any]]:
         """For each reason the last datagram that was rejected."""
-        return self._rejected.document()
+        return {**self._rejected.document(), **(self._signed.samples.document() if self._signed else {})}
 
     def kernel_dropped(self) -> int | None:
         """Datagrams that the kernel dropped because its buffer was full; None if it keeps no account."""

@@ -441,6 +441,7 @@ class Daemons(FolderCase):
             stats = wait_until("both to be refused", lambda: (s := running.stats())["rejected_signature"] >= 2 and s)
             reasons = {name: count for name, count in stats["signature_reasons"].items() if count}
             self.assertEqual(reasons, {"unsigned": 1, "bad_signature": 1})
+            self.assertEqual(stats["rejected_samples"].keys(), reasons.keys())
             self.assertGreater(stats["valid_states"], 3)
             self.assertEqual(stats["valid_states"] + 2, stats["total_received"])
             page = running.ask("/metrics").body.decode()
