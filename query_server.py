@@ -311,7 +311,9 @@ class QueryServer:
         self._answer_requests()
         self._compress_piece()
         self._pump_streams()
-        self._close_late(began_at, {key.data for key, _ in events})
+        if began_at >= self._judge_at:
+            self._judge_at = began_at + TICK_S
+            self._close_late(began_at, {key.data for key, _ in events})
 
     def _wait(self, wait_s: float, now: float) -> list[tuple[selectors.SelectorKey, int]]:
         if self._streams:
@@ -372,9 +374,6 @@ class QueryServer:
 
     def _close_late(self, judged_at: float, active: set[object]) -> None:
         """Close whose deadline had passed before the sockets were looked at, and who has not moved since."""
-        if judged_at < self._judge_at:
-            return
-        self._judge_at = judged_at + TICK_S
         for connection in [connection for connection in self._places if connection.deadline <= judged_at]:
             if connection.held is not None:
                 send, connection.held = connection.held, None
