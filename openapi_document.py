@@ -12,6 +12,7 @@ from typing import Any
 
 from datagram_signature import SIGNATURE_REASONS
 from engine_state import FIELDS, REASONS
+from fleet_events import EVENT_KINDS
 from gateway_counters import COUNTERS, OUTCOMES, Counter
 from http_message import JSON_TYPE
 from query_route import MAX_INTERVAL_MS, Parameter, Route
@@ -213,7 +214,7 @@ def _stats() -> Schema:
         "detail": _string("what was wrong with it"),
     }
     properties["rejected_samples"] = _map(_object(sample), "the last datagram rejected for each reason that occurred")
-    optional = ("fleet", "lost_states", "rejected_samples")
+    optional = ("lost_states",)
     return _object(
         properties, "Counters since the start, settings in effect, losses of the log and the kernel.", optional=optional
     )
@@ -223,7 +224,9 @@ def _event() -> Schema:
     return _object(
         {
             "time_ms": _integer("when, ms since the epoch"),
-            "event": _string("what kind of event"),
+            "event": _string(
+                "; ".join(f"{kind}: {_plain(meaning)}" for kind, meaning in EVENT_KINDS.items()), enum=list(EVENT_KINDS)
+            ),
             "engine_id": _or_null(_string("which engine; null if it is about the gateway")),
             "message": _string("more about it"),
             "count": _integer("how many of that kind it stands for", 1),
