@@ -17,11 +17,10 @@ from gateway_counters import COUNTERS, OUTCOMES, Counter
 from http_message import JSON_TYPE
 from query_route import MAX_INTERVAL_MS, Parameter, Route
 from query_server import REJECTIONS
-from staleness import LIVE, STALE
+from staleness import STATUSES
 
 Schema = dict[str, Any]
 
-_STATUSES = [LIVE, STALE, "unavailable"]
 EVENT_STREAM = "text/event-stream"
 
 
@@ -105,7 +104,7 @@ def _entry() -> Schema:
             "received_ms": _integer("when the state shown was received, ms since the epoch by the gateway's clock"),
             "clock_offset_ms": _integer("receipt minus timestamp_ms, ms: the error of the engine's clock", None),
             "source": _string("address and port that the state shown came from"),
-            "status": _string("by the time since it was last heard from, and its phase", enum=_STATUSES),
+            "status": _string("by the time since it was last heard from, and its phase", enum=list(STATUSES)),
             "phase": _or_null(_string("what the engine is up to; null if it never said, which counts as serving")),
             "restarts": _integer("restarts that were noticed"),
             "lost": _or_null(_integer("datagrams of it that did not arrive; null if it does not number them")),
@@ -115,7 +114,7 @@ def _entry() -> Schema:
             "state_age_ms": _integer("ms since the load state shown was received"),
         },
         "One engine: what it sent, and how fresh that is.",
-        optional=("load_known", "usable", "phase", "restarts", "lost", "conflict", "extra"),
+        optional=("extra",),
     )
 
 
@@ -158,7 +157,7 @@ _SNAPSHOT_HEAD: dict[str, Schema] = {
 def _snapshot() -> Schema:
     engines = _map(_reference("Entry"), "the engines asked for, by engine_id")
     properties = {**_SNAPSHOT_HEAD, "fleet": _reference("Fleet"), "engines": engines}
-    return _object(properties, "The fleet at one moment.", optional=("fleet",))
+    return _object(properties, "The fleet at one moment.")
 
 
 _STATS: dict[str, Schema] = {
@@ -214,10 +213,7 @@ def _stats() -> Schema:
         "detail": _string("what was wrong with it"),
     }
     properties["rejected_samples"] = _map(_object(sample), "the last datagram rejected for each reason that occurred")
-    optional = ("lost_states",)
-    return _object(
-        properties, "Counters since the start, settings in effect, losses of the log and the kernel.", optional=optional
-    )
+    return _object(properties, "Counters since the start, settings in effect, losses of the log and the kernel.")
 
 
 def _event() -> Schema:
@@ -273,7 +269,7 @@ PARAMETERS = {
     for parameter in (
         Parameter("engine_id", "an engine's id, usually its URL", {"type": "string", "minLength": 1},
                   is_repeatable=True),
-        Parameter("status", "only engines of this status", {"type": "string", "enum": _STATUSES},
+        Parameter("status", "only engines of this status", {"type": "string", "enum": list(STATUSES)},
                   is_repeatable=True),
         Parameter("phase", "only engines in this phase", {"type": "string"}, is_repeatable=True),
         Parameter("since", "only what came from this time on, ms since the epoch", {"type": "integer", "minimum": 0}),
