@@ -41,7 +41,7 @@ class BootSequence:
     """The numbers of one engine's sender. Not locked: it belongs to one engine of the table."""
 
     __slots__ = (
-        "_earlier", "_first", "_load_seq", "_noted", "_taken",
+        "_counted", "_earlier", "_first", "_load_seq", "_noted", "_taken",
         "boot", "gap_states", "heard_at", "highest", "late_states",
     )  # fmt: skip
 
@@ -56,11 +56,18 @@ class BootSequence:
         self._earlier: list[_Life] = []  # the latest at the end
         self.gap_states = 0  # numbers that were passed over
         self.late_states = 0  # those of them that came after all
+        self._counted = (0, 0)  # what `uncounted_losses` told already
 
     @property
     def lost(self) -> int:
         """Datagrams that did not arrive."""
         return self.gap_states - self.late_states
+
+    def uncounted_losses(self) -> tuple[int, int]:
+        """How many numbers were passed over, and how many of them came after all, since the last call."""
+        gap_states, late_states = self._counted
+        self._counted = self.gap_states, self.late_states
+        return self.gap_states - gap_states, self.late_states - late_states
 
     def advance(self, seq_text: bytes, now: float) -> bool:
         """Take the number of a load state of the current boot if it is the next one; returns whether it is.

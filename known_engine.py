@@ -12,13 +12,31 @@ from state_record import History, Record, same_state, timestamp_ms
 CONFLICT_CHANGES = 3
 
 
+class _Senders:
+    """Who sent the last datagram of an engine, and how often that changed of late."""
+
+    __slots__ = ("_changed_at", "_changes", "_sender")
+
+    def __init__(self, sender: bytes) -> None:
+        self._sender = sender  # a boot, or else a source
+        self._changes = 0  # in a row, each within the stale threshold of the one before
+        self._changed_at = float("-inf")  # monotonic s
+
+    def conflict(self, sender: bytes, now: float, freshness: Freshness) -> bool:
+        """Note who sent a datagram; returns whether several senders take turns, as of this datagram."""
+        if sender == self._sender:
+            return False
+        self._changes = self._changes + 1 if self._changed_at > freshness.live_since(now) else 1
+        self._changed_at = now
+        self._sender = sender
+        return self._changes >= CONFLICT_CHANGES
+
+
 class KnownEngine:
     """What is held of one engine. Written under the store's lock only."""
 
     __slots__ = (
-        "_counted_losses",
-        "changed_at",
-        "changes",
+        "_senders",
         "engine_id",
         "has_further",
         "heard_at",
@@ -29,7 +47,6 @@ class KnownEngine:
         "newest",
         "plain_source",
         "quoted_id",
-        "sender",
         "sequence",
         "source",
         "stale_logged",
@@ -53,14 +70,11 @@ class KnownEngine:
         self.has_further = False  # whether a datagram ever had more than the fields
         self.last_further: tuple[bytes | None, bytes | None] = (None, None)  # phase and extra of the last one taken
         self.sequence: BootSequence | None = None
-        self._counted_losses = (0, 0)  # gaps and late ones that were counted already
         # Who sends for it: a boot, or a source.
         self.source = visible[3]  # the last one that was heard
         self.plain_source: bytes | None = visible[3]  # the same, None once a datagram had more than the fields
-        self.sender = sender  # the last one: a source, or a boot
         self.steady_boot: bytes | None = None  # the current boot, if the last datagram was of it
-        self.changes = 0  # of the sender, in a row
-        self.changed_at = float("-inf")  # monotonic s
+        self._senders = _Senders(sender)
 
     @property
     def is_serving(self) -> bool:
@@ -136,12 +150,7 @@ class KnownEngine:
 
     def uncounted_losses(self) -> tuple[int, int]:
         """The gaps in the numbers, and the late ones that filled some, since the last call."""
-        sequence = self.sequence
-        if sequence is None:
-            return 0, 0
-        gap_states, late_states = self._counted_losses
-        self._counted_losses = sequence.gap_states, sequence.late_states
-        return sequence.gap_states - gap_states, sequence.late_states - late_states
+        return (0, 0) if self.sequence is None else self.sequence.uncounted_losses()
 
     def is_newer_load(self, texts: DatagramTexts, record: Record) -> bool:
         """Whether a late load state is newer than any other: only heartbeats overtook it."""
@@ -161,12 +170,7 @@ class KnownEngine:
     def note_sender(self, sender: bytes, now: float, freshness: Freshness) -> bool:
         """Note who sent a datagram; returns whether several senders use this engine_id, as of this datagram."""
         self.steady_boot = sender if self.sequence is not None and sender == self.sequence.boot else None
-        if sender == self.sender:
-            return False
-        self.changes = self.changes + 1 if self.changed_at > freshness.live_since(now) else 1
-        self.changed_at = now
-        self.sender = sender
-        if self.changes < CONFLICT_CHANGES:
+        if not self._senders.conflict(sender, now, freshness):
             return False
         phase, extra, restarts, lost, _ = self.visible[4]
         self.show_about((phase, extra, restarts, lost, freshness.stale_at(now)))

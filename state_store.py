@@ -238,7 +238,6 @@ class StateStore:
         self._life_log = _LifeLog(clock)
         self._farewells = Farewells(max_engines, self.freshness)
         self._conflicts: dict[bytes, float] = {}  # until when several senders count as using an engine_id
-        self._crowded = False  # whether the histories take more than HISTORY_BYTES
 
     def apply(self, batch: Batch) -> list[str]:
         """Take over what the listener received; returns the outcome of each of `batch.states`, in their order."""
@@ -252,7 +251,7 @@ class StateStore:
         mark, mark_text, line_end, last, further = HEARTBEAT_MARK, MARK_TEXT, LINE_END, BOOT, EXTRA
         with self._lock:
             engines, touched = self._engines, self._feed.touched
-            self._crowded = crowded = self._history_bytes > HISTORY_BYTES
+            crowded = self._history_bytes > HISTORY_BYTES
             for texts, source in zip(batch.states, batch.sources, strict=True):
                 quoted_id, stamp = texts[0], texts[1]
                 record = encode_fields(texts[1:last]) + receipt
@@ -429,7 +428,7 @@ class StateStore:
     def _show(self, engine: KnownEngine, visible: Visible) -> None:
         engine.visible = visible
         if self._history:
-            self._history_bytes += engine.history.append(visible[0], self._history, self._crowded)
+            self._history_bytes += engine.history.append(visible[0], self._history, self._history_bytes > HISTORY_BYTES)
 
     def advance_watermark(self, at: float) -> None:
         """Say that everything that had arrived by `at` (monotonic, s) has been taken; the listener does.

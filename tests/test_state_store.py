@@ -19,7 +19,7 @@ WALL_S = 1_755_532_567.5
 
 
 class StoreCase(unittest.TestCase):
-    canonical = False  # every test here runs twice: see the end of this file
+    canonical = False  # at the end of this file every test runs again, with canonical datagrams
 
     def setUp(self) -> None:
         self.clock = FakeClock()
@@ -563,20 +563,44 @@ class Mixed(StoreCase):
         self.assertEqual(self.view().state, parse_datagram(datagram(latency_pred_ms=16.11793779048644)))
 
 
-for _case in (
-    Accepted,
-    Duplicates,
-    OrderAndRestarts,
-    LateLoad,
-    HeartbeatRule,
-    Capacity,
-    Life,
-    History,
-    Counters,
-    Names,
-):
-    _name = f"{_case.__name__}OfUsualDatagrams"
-    globals()[_name] = type(_name, (_case,), {"canonical": True, "__doc__": _case.__doc__, "__module__": __name__})
+class AcceptedOfCanonicalDatagrams(Accepted):
+    canonical = True
+
+
+class DuplicatesOfCanonicalDatagrams(Duplicates):
+    canonical = True
+
+
+class OrderAndRestartsOfCanonicalDatagrams(OrderAndRestarts):
+    canonical = True
+
+
+class LateLoadOfCanonicalDatagrams(LateLoad):
+    canonical = True
+
+
+class HeartbeatRuleOfCanonicalDatagrams(HeartbeatRule):
+    canonical = True
+
+
+class CapacityOfCanonicalDatagrams(Capacity):
+    canonical = True
+
+
+class LifeOfCanonicalDatagrams(Life):
+    canonical = True
+
+
+class HistoryOfCanonicalDatagrams(History):
+    canonical = True
+
+
+class CountersOfCanonicalDatagrams(Counters):
+    canonical = True
+
+
+class NamesOfCanonicalDatagrams(Names):
+    canonical = True
 
 
 if __name__ == "__main__":
