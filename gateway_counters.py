@@ -55,7 +55,8 @@ OUTCOMES = (
         FAREWELL, "farewells", "its `phase` is `gone`, and it is not late", "the engine is removed at once", True, False
     ),
     Outcome(
-        REJECTED_CAPACITY, "rejected_capacity", "a new engine, and `MAX_ENGINES` are known", "no", False, False
+        REJECTED_CAPACITY, "rejected_capacity",
+        "a new engine, and `MAX_ENGINES` are known, or `ulimit -v` leaves no memory for more", "no", False, False
     ),
     Outcome(
         DUPLICATE, "duplicates",

@@ -66,6 +66,7 @@ from state_record import (
     says_nothing_new,
     with_receipt_of,
 )
+from table_room import TableRoom
 from wake_up import WakeUp
 
 logger = logging.getLogger("elrar.store")
@@ -90,7 +91,6 @@ class Batch:
     )  # of an earlier boot: state, source, text
 
 
-HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
 CHANGES_KEPT_S = 60.0  # changes go on being noted for this long after the last subscriber left
 SUBSCRIBED_S = 1.0  # a subscriber asks far more often than this
 
@@ -223,7 +223,7 @@ class StateStore:
         """
         self._events = FleetEvents(clock=clock) if events is None else events
         self.freshness = Freshness(stale_threshold_ms, expire_after_ms, judged_at)
-        self._max_engines = max_engines
+        self._room = TableRoom(max_engines)
         self._history = history
         self._is_one_sender = is_one_sender
         self._clock = clock
@@ -251,7 +251,7 @@ class StateStore:
         mark, mark_text, line_end, last, further = HEARTBEAT_MARK, MARK_TEXT, LINE_END, BOOT, EXTRA
         with self._lock:
             engines, touched = self._engines, self._feed.touched
-            crowded = self._history_bytes > HISTORY_BYTES
+            crowded = self._history_bytes > self._room.max_history_bytes
             for texts, source in zip(batch.states, batch.sources, strict=True):
                 quoted_id, stamp = texts[0], texts[1]
                 record = encode_fields(texts[1:last]) + receipt
@@ -371,7 +371,7 @@ class StateStore:
             return OUT_OF_ORDER
         if is_farewell:
             return FAREWELL
-        if len(self._engines) >= self._max_engines:
+        if not self._room.for_one_more(len(self._engines)):
             return REJECTED_CAPACITY
         self._farewells.forget(quoted_id)
         engine = self._engines[quoted_id] = KnownEngine(quoted_id, shown, boot or shown[3])
@@ -428,7 +428,8 @@ class StateStore:
     def _show(self, engine: KnownEngine, visible: Visible) -> None:
         engine.visible = visible
         if self._history:
-            self._history_bytes += engine.history.append(visible[0], self._history, self._history_bytes > HISTORY_BYTES)
+            crowded = self._history_bytes > self._room.max_history_bytes
+            self._history_bytes += engine.history.append(visible[0], self._history, crowded)
 
     def advance_watermark(self, at: float) -> None:
         """Say that everything that had arrived by `at` (monotonic, s) has been taken; the listener does.

@@ -93,7 +93,9 @@ class _Notices:
 
         self.invalid = warn_of("rejected invalid datagrams")
         self.source = warn_of(f"rejected datagrams whose source is not in {PREFIX}ALLOWED_SOURCES")
-        self.capacity = warn_of(f"rejected datagrams of new engines, as many as {PREFIX}MAX_ENGINES being known")
+        self.capacity = warn_of(
+            f"rejected datagrams of new engines: {PREFIX}MAX_ENGINES are known, or `ulimit -v` leaves no memory;"
+        )
         self.kernel_drops = warn_of(
             "the kernel dropped datagrams, its receive buffer being full: give the gateway a core of its own, or raise"
             f" {PREFIX}RECEIVE_BUFFER and net.core.rmem_max;"

@@ -23,8 +23,8 @@ import query_connection
 import query_server
 import state_log
 import state_query
-import state_store
 import state_watch
+import table_room
 from config import PREFIX, SETTINGS, read_config
 from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS
@@ -130,7 +130,7 @@ class BothLanguages(unittest.TestCase):
                 [engine_state.MAX_DATAGRAM_BYTES],
                 [engine_state.MAX_NESTING],
                 [boot_memory.MAX_BOOTS, boot_memory.BOOTS_PER_ENGINE],
-                [state_store.HISTORY_BYTES >> 20],
+                [table_room.MAX_HISTORY_BYTES >> 20],
                 [state_log.BUFFER_BYTES >> 20],
                 [query_server.MAX_CONNECTIONS, query_connection.RESERVE_CONNECTIONS],
                 [http_message.MAX_REQUEST_LINE_BYTES],

@@ -10,7 +10,8 @@ from unittest import mock
 from config import read_config
 from engine_state import parse_datagram
 from engine_view import EngineView
-from state_store import HISTORY_BYTES, Batch, StateStore
+from state_store import Batch, StateStore
+from table_room import MAX_HISTORY_BYTES
 from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, batch, datagram
 
 STALE_MS = 2000
@@ -435,7 +436,8 @@ class History(StoreCase):
         self.assertEqual(self.store.history("test"), [])
 
     def test_all_histories_together_are_bounded_and_the_newest_state_is_always_kept(self) -> None:
-        with mock.patch("state_store.HISTORY_BYTES", 10_000):
+        with mock.patch("table_room.MAX_HISTORY_BYTES", 10_000):
+            self.store = self.make_store()
             for number in range(1000):
                 self.send(engine_id=f"e{number % 50}", timestamp_ms=number, scheduling_mode="m" * 64)
                 past = self.store.history(f"e{number % 50}") or []
@@ -459,7 +461,7 @@ class History(StoreCase):
                 engine_capacity=59768.2749641796,
             )
             largest = max(largest, self.store._history_bytes)
-        self.assertLess(largest * default.max_engines, HISTORY_BYTES)
+        self.assertLess(largest * default.max_engines, MAX_HISTORY_BYTES)
 
     def test_what_a_removed_engine_had_is_free_again(self) -> None:
         for number in range(300):

@@ -1,0 +1,79 @@
+"""Whether the table has room for one engine more: by MAX_ENGINES, and by the process' limit of memory (`ulimit -v`).
+
+A Python that has no memory left may spin for ever while it makes the very exception that says so, deaf and with the
+interpreter's lock held. So the table stops growing before that: the engines that are known go on, new ones are
+rejected, and the answers about them still find the memory that they take.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+try:
+    import resource
+except ImportError:  # no POSIX system
+    resource = None  # type: ignore[assignment]
+
+MAX_HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
+RESERVE_BYTES = 16 * 1024 * 1024  # for what does not grow with the table
+ANSWERS = 2  # answers about the whole table take so many times what the table takes
+CHECK_EVERY = 256  # engines; asking the system takes about ten microseconds
+
+
+def _limit_bytes() -> int | None:
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _used_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class TableRoom:
+    """Asked before an engine is added. Not locked: it belongs to the store, and is used under its lock."""
+
+    def __init__(
+        self,
+        max_engines: int,
+        *,
+        limit_bytes: Callable[[], int | None] = _limit_bytes,
+        used_bytes: Callable[[], int] = _used_bytes,
+    ) -> None:
+        """`limit_bytes` is the limit of the process' address space, None if there is none; `used_bytes` what it has,
+        and raises OSError if the system does not say it.
+        """
+        self.max_history_bytes = MAX_HISTORY_BYTES  # less once the first engine came, if memory is short
+        self._max_engines = max_engines
+        self._limit_bytes = limit_bytes()
+        self._used_bytes = used_bytes
+        self._full_at_bytes: int | None = None  # from here on there is no room; None until the first engine
+        self._has_memory = True
+        self._unchecked = 0  # questions until the system is asked again
+
+    def for_one_more(self, engines: int) -> bool:
+        """Whether an engine may be added to so many."""
+        if engines >= self._max_engines:
+            return False
+        if self._limit_bytes is None:
+            return True
+        if self._unchecked:
+            self._unchecked -= 1
+        else:
+            self._unchecked = CHECK_EVERY - 1
+            self._has_memory = self._look(self._limit_bytes)
+        return self._has_memory
+
+    def _look(self, limit_bytes: int) -> bool:
+        try:
+            used = self._used_bytes()
+        except (OSError, ValueError):
+            return True  # nobody can say
+        if self._full_at_bytes is None:
+            room = max(0, limit_bytes - used - RESERVE_BYTES) // (1 + ANSWERS)
+            self._full_at_bytes = used + room
+            self.max_history_bytes = min(MAX_HISTORY_BYTES, room // 2)
+        return used < self._full_at_bytes

@@ -1,0 +1,69 @@
+"""Whether the table has room for one engine more."""
+
+from __future__ import annotations
+
+import unittest
+
+from table_room import ANSWERS, CHECK_EVERY, MAX_HISTORY_BYTES, RESERVE_BYTES, TableRoom
+
+MIB = 1024 * 1024
+
+
+class Memory(unittest.TestCase):
+    """With a limit of memory the table stops growing while two thirds of what was free are left for answers."""
+
+    def setUp(self) -> None:
+        self.used = 100 * MIB
+        self.asked = 0
+
+    def use(self) -> int:
+        self.asked += 1
+        return self.used
+
+    def room(self, limit: int | None, max_engines: int = 1_000_000) -> TableRoom:
+        return TableRoom(max_engines, limit_bytes=lambda: limit, used_bytes=self.use)
+
+    def test_without_a_limit_the_system_is_never_asked(self) -> None:
+        room = self.room(None)
+        self.assertTrue(all(room.for_one_more(number) for number in range(1000)))
+        self.assertEqual((self.asked, room.max_history_bytes), (0, MAX_HISTORY_BYTES))
+
+    def test_max_engines(self) -> None:
+        for limit in (None, 1000 * MIB):
+            with self.subTest(limit):
+                room = self.room(limit, max_engines=2)
+                self.assertEqual(
+                    [room.for_one_more(known) for known in (0, 1, 2, 3, 1)], [True, True, False, False, True]
+                )
+
+    def test_a_third_of_what_is_free_is_the_tables(self) -> None:
+        free = 90 * MIB
+        room = self.room(self.used + RESERVE_BYTES + free)
+        self.assertTrue(room.for_one_more(0))
+        self.assertEqual(room.max_history_bytes, free // (1 + ANSWERS) // 2)
+        self.used += free // (1 + ANSWERS)
+        outcomes = [room.for_one_more(number) for number in range(CHECK_EVERY)]
+        self.assertEqual((outcomes[0], outcomes[-1]), (True, False))
+
+    def test_the_system_is_asked_now_and_then_and_room_comes_back(self) -> None:
+        room = self.room(self.used + RESERVE_BYTES + 90 * MIB)
+        room.for_one_more(0)
+        self.used += 40 * MIB
+        self.assertFalse([room.for_one_more(1) for _ in range(CHECK_EVERY)][-1])
+        self.used -= 40 * MIB
+        self.assertTrue([room.for_one_more(1) for _ in range(CHECK_EVERY)][-1])
+        self.assertEqual(self.asked, 3)
+
+    def test_no_room_at_all(self) -> None:
+        room = self.room(self.used + 1)
+        self.assertFalse(room.for_one_more(0))
+
+    def test_a_system_that_does_not_say_has_room(self) -> None:
+        def fail() -> int:
+            raise FileNotFoundError
+
+        self.assertTrue(TableRoom(10, limit_bytes=lambda: 5, used_bytes=fail).for_one_more(0))
+
+
+if __name__ == "__main__":
+    unittest.main()
