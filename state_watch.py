@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from engine_view import Row
+from staleness import UNAVAILABLE
 from state_entry import EntryTails, TailCache, lone_entry_head
 from state_store import StateStore
 
@@ -204,9 +205,11 @@ class Watch:
                 continue  # removed meanwhile: the next collection has its event
             _, quoted_id, visible, heard_at = row
             number = self._next_number() if renumber else event.number
-            tail, _ = tails.of(visible, heard_at)
+            tail, status = tails.of(visible, heard_at)
+            # An engine that comes back but takes no requests must not be called live by its event's name.
+            kind = EVENT_STATE if event.kind is EVENT_LIVE and status == UNAVAILABLE else event.kind
             entry = lone_entry_head(quoted_id, visible) + tail
-            text.append(b"%bevent: %b%b%b\n\n" % (self._id_line(number), event.kind, DATA_LINE, entry))
+            text.append(b"%bevent: %b%b%b\n\n" % (self._id_line(number), kind, DATA_LINE, entry))
         self.events += len(text)
         return b"".join(text)
 

@@ -516,6 +516,15 @@ class Narrowed(WatchCase):
         (event,) = self.read(reader)
         self.assertEqual((event.kind, event.data["status"]), ("state", "live"))
 
+    def test_who_comes_back_but_takes_no_requests_is_not_called_live(self) -> None:
+        reader = self.watching()
+        self.push("a")
+        self.read(reader)
+        self.read(reader, 2.5)
+        self.push("a", phase="sleeping")
+        (event,) = self.read(reader)
+        self.assertEqual((event.kind, event.data["status"]), ("state", "unavailable"))
+
     def test_much_that_is_due_at_once_comes_a_part_at_a_time(self) -> None:
         reader = self.watching("/watch?min_interval_ms=1000")
         names = [f"e{number}" for number in range(900)]
