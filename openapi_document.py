@@ -15,7 +15,7 @@ from engine_state import FIELDS, REASONS
 from fleet_events import EVENT_KINDS
 from gateway_counters import COUNTERS, OUTCOMES, Counter
 from http_message import JSON_TYPE
-from query_route import MAX_INTERVAL_MS, Parameter, Route
+from query_route import MAX_INTERVAL_MS, MAX_TIME_MS, Parameter, Route
 from query_server import REJECTIONS
 from staleness import STATUSES
 
@@ -272,7 +272,8 @@ PARAMETERS = {
         Parameter("status", "only engines of this status", {"type": "string", "enum": list(STATUSES)},
                   is_repeatable=True),
         Parameter("phase", "only engines in this phase", {"type": "string"}, is_repeatable=True),
-        Parameter("since", "only what came from this time on, ms since the epoch", {"type": "integer", "minimum": 0}),
+        Parameter("since", "only what came from this time on, ms since the epoch",
+                  {"type": "integer", "minimum": 0, "maximum": MAX_TIME_MS, "default": 0}),
         Parameter("min_interval_ms", "ms in which the state of one engine is told once at most",
                   {"type": "integer", "minimum": 0, "maximum": MAX_INTERVAL_MS, "default": 0}),
         Parameter("engines", "no: the gateway's own metrics only",

@@ -12,6 +12,7 @@ from http_message import JSON_TYPE, QueryError
 
 MAX_PARAMETERS = 1000  # a request line has room for 744 of `engine_id=`
 MAX_INTERVAL_MS = 3_600_000
+MAX_TIME_MS = 2**53  # since the epoch; as for the times that engines send
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Question:
     def since_ms(self) -> int:
         """The value of `since`, 0 if it is not given; raises QueryError if it is no time."""
         since = self.parameters.get("since", ("0",))
-        if len(since) != 1 or not re.fullmatch("[0-9]{1,16}", since[0]):
-            raise QueryError(400, "since is a time_ms: a whole number of milliseconds since the epoch")
+        if len(since) != 1 or not re.fullmatch("[0-9]{1,16}", since[0]) or int(since[0]) > MAX_TIME_MS:
+            raise QueryError(
+                400, f"since is a time_ms: a whole number of milliseconds since the epoch, {MAX_TIME_MS} at most"
+            )
         return int(since[0])
 
     def among(self, name: str, values: tuple[str, ...]) -> list[str]:
