@@ -30,7 +30,7 @@ class BoundPorts:
     def __init__(self, config: Config, *, embedded: bool) -> None:
         """`embedded`: wait for no other process, and do without HTTP until its port is free."""
         self._config = config
-        self._embedded = embedded
+        self.embedded = embedded
         self.address = listen_address(config.network_mode, config.bind_address)
         self.udp_port = config.udp_port
         self.http_port = config.http_port  # None: no HTTP
@@ -58,7 +58,7 @@ class BoundPorts:
 
     def _bind_patiently(self) -> None:
         """Bind them; the daemon gives one that is just stopping half a second to let go of them."""
-        deadline = time.monotonic() + (0 if self._embedded else BIND_PATIENCE_S)
+        deadline = time.monotonic() + (0 if self.embedded else BIND_PATIENCE_S)
         while True:
             try:
                 self._bind()
@@ -88,7 +88,7 @@ class BoundPorts:
             except OSError as error:
                 assert self.http_port is not None
                 text = cannot_listen("TCP", self.address, self.http_port, error)
-                if self._embedded and remaining == 1:
+                if self.embedded and remaining == 1:
                     logger.error("%s. States are received meanwhile, and it is tried again every second", text)
                     return
                 self.close()

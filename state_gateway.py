@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from bound_ports import BoundPorts
 from component_thread import Component, ThreadGroup, memory_reserve
@@ -48,6 +48,13 @@ CATCH_UP_S = 0.005  # that an answer waits, at most, for what had arrived before
 logger = logging.getLogger("elrar.gateway")
 
 
+class _Start(NamedTuple):
+    """What tells one life of a gateway from another."""
+
+    instance: str  # random, for readers
+    at: float  # monotonic s
+
+
 class StateGateway:
     """The gateway: `open` everything, then `start` everything, and `shutdown` in the order in which the data flows.
 
@@ -70,13 +77,11 @@ class StateGateway:
         taken, is logged and tried again while states are received, and `open` waits for nobody.
         """
         self.config = config
-        self._embedded = embedded
         self._own_log_dropped = own_log_dropped
         self._events = FleetEvents(clock=clock, wall_clock=wall_clock)
         self._clock = clock = PauseMeter(clock, on_pause=self._note_pause)
         self._wall_clock = wall_clock
-        self._instance = secrets.token_hex(8)
-        self._started_at = clock()
+        self._start = _Start(secrets.token_hex(8), clock())
         self._threads = ThreadGroup(on_death or self._shut_down_after_death)
         self._ports = BoundPorts(config, embedded=embedded)
         self._samples = FleetSamples(self.get_stats, clock=clock, wall_clock=wall_clock)
@@ -90,7 +95,7 @@ class StateGateway:
             clock=clock,
             judged_at=clock.judged_at,
         )
-        self._watch = Watch(self._store, instance=self._instance, clock=clock, wall_clock=wall_clock)
+        self._watch = Watch(self._store, instance=self._start.instance, clock=clock, wall_clock=wall_clock)
         self._access = ReaderAccess(load_tokens(config.http_tokens_file), config.allowed_origins, clock=clock)
         keys = load_keys(config.keys_file)
         self._signed = (
@@ -123,7 +128,7 @@ class StateGateway:
             self._log,
             allowed_sources=config.allowed_sources,
             signed=self._signed,
-            low_latency=self._embedded,
+            low_latency=self._ports.embedded,
             watermark_readers=[self._clock.note_taken],
             events=self._events,
             clock=self._clock,
@@ -165,11 +170,11 @@ class StateGateway:
         )
         try:
             # A router's thread is not held up for a log that another process has locked.
-            lock_timeout_s = 0 if self._embedded else LOCK_TIMEOUT_S
+            lock_timeout_s = 0 if self._ports.embedded else LOCK_TIMEOUT_S
             log.open("gateway_started", self._describe(log.path), lock_timeout_s=lock_timeout_s, **self._identity())
         except OSError as error:
             text = cannot_log(log.path, error)
-            if not self._embedded:
+            if not self._ports.embedded:
                 raise StartError(text) from error
             logger.error("%s. States are received meanwhile, and it is tried again every second", text)
             log.open_later("gateway_started", self._describe(log.path), **self._identity())
@@ -301,7 +306,7 @@ class StateGateway:
     @property
     def embedded(self) -> bool:
         """Whether it runs in a router's process."""
-        return self._embedded
+        return self._ports.embedded
 
     def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
         """The eight fields of every engine that is live or stale, by engine_id; the caller may change it in place.
@@ -352,7 +357,7 @@ class StateGateway:
         mode = self.config.network_mode
         return {
             **self._identity(),
-            "uptime_s": round(self._clock() - self._started_at, 3),
+            "uptime_s": round(self._clock() - self._start.at, 3),
             "active_engines": fleet["live"],
             "total_engines": fleet["live"] + fleet["unavailable"] + fleet["stale"],
             "fleet": fleet,
@@ -375,7 +380,7 @@ class StateGateway:
     def _identity(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "instance": self._instance,
+            "instance": self._start.instance,
             "network_mode": self.config.network_mode,
             "bind_address": self._ports.address,
             "udp_port": self.udp_port,
@@ -397,8 +402,8 @@ class StateGateway:
     def snapshot_header(self) -> dict[str, Any]:
         """What heads the document of /engines."""
         return {
-            "instance": self._instance,
-            "uptime_ms": int((self._clock() - self._started_at) * 1000),
+            "instance": self._start.instance,
+            "uptime_ms": int((self._clock() - self._start.at) * 1000),
             "time_ms": int(self._wall_clock() * 1000),
             "stale_threshold_ms": self.config.stale_threshold_ms,
         }
@@ -417,5 +422,5 @@ class StateGateway:
 
     def ready_in_ms(self) -> int:
         """How much of READY_AFTER is left: until then readers are better served by another gateway."""
-        up_ms = int((self._clock() - self._started_at) * 1000)
+        up_ms = int((self._clock() - self._start.at) * 1000)
         return max(0, self.config.ready_after_ms - up_ms)

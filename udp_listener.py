@@ -102,6 +102,7 @@ class _Notices:
         )
         self.errors = warn_of("receiving met errors, and goes on;")
         self._kernel_drops_noted = 0
+        self.samples = RejectedSamples()  # the last datagram of each kind of rejection
         self._events = events
 
     def flush(self, kernel_dropped: int) -> None:
@@ -162,7 +163,6 @@ class UdpListener:
         self._pacing = Pacing(room, clock(), lambda: low_latency or store.has_subscriber)
         self._drops = KernelDrops(sockets)
         self._notices = _Notices(FleetEvents(clock=clock) if events is None else events, clock)
-        self._rejected = RejectedSamples()
         self.last_progress_at = clock()  # monotonic; written by the listener's thread only
 
     def run(self) -> None:
@@ -300,7 +300,7 @@ class UdpListener:
         batch.rejected_source += len(refused)
         stranger = format_address(*unpack_address(refused[-1]))
         self._notices.source.record("%s", stranger, count=len(refused))
-        self._rejected.keep(REJECTED_SOURCE, batch.received_s, quote_json(stranger).encode())
+        self._notices.samples.keep(REJECTED_SOURCE, batch.received_s, quote_json(stranger).encode())
         if logger.isEnabledFor(logging.DEBUG):
             for address in refused:
                 logger.debug("datagram rejected_source source=%s", format_address(*unpack_address(address)))
@@ -320,7 +320,9 @@ class UdpListener:
                 except InvalidDatagram as error:
                     batch.invalid.append(error.reason)
                     self._notices.invalid.record("%s bytes=%d source=%s", error, len(datagram), source)
-                    self._rejected.keep(error.reason, batch.received_s, source, "%s, in %d bytes", error, len(datagram))
+                    self._notices.samples.keep(
+                        error.reason, batch.received_s, source, "%s, in %d bytes", error, len(datagram)
+                    )
                     if debug:
                         logger.debug("datagram invalid reason=%s source=%s", error, unquote_json(source))
                     continue
@@ -340,7 +342,7 @@ class UdpListener:
             for (quoted_id, *_), source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
                 if outcome is REJECTED_CAPACITY:
                     self._notices.capacity.record("engine_id=%r source=%s", quoted_id, source)
-                    self._rejected.keep(REJECTED_CAPACITY, batch.received_s, source, "engine_id=%r", quoted_id)
+                    self._notices.samples.keep(REJECTED_CAPACITY, batch.received_s, source, "engine_id=%r", quoted_id)
         if logger.isEnabledFor(logging.DEBUG):
             for number, outcome in enumerate(outcomes):
                 logger.debug("datagram %s %s", outcome, _who(batch, number))
@@ -353,7 +355,7 @@ class UdpListener:
 
     def rejected_samples(self) -> dict[str, dict[str, Any]]:
         """For each reason the last datagram that was rejected."""
-        return {**self._rejected.document(), **(self._signed.samples.document() if self._signed else {})}
+        return {**self._notices.samples.document(), **(self._signed.samples.document() if self._signed else {})}
 
     def kernel_dropped(self) -> int | None:
         """Datagrams that the kernel dropped because its buffer was full; None if it keeps no account."""
