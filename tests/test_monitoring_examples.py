@@ -300,7 +300,10 @@ class Logrotate(unittest.TestCase):
 
     @unittest.skipUnless(shutil.which("logrotate"), "logrotate is not on this machine")
     def test_rotated_and_compressed_under_load_nothing_is_lost(self) -> None:
-        user, group = getpass.getuser(), grp.getgrgid(os.getgid()).gr_name
+        try:
+            user, group = getpass.getuser(), grp.getgrgid(os.getgid()).gr_name
+        except KeyError:
+            self.skipTest("logrotate asks for names, and this user has none")
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             log = folder / DEFAULTS["LOG_FILE"]
