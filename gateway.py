@@ -66,6 +66,7 @@ if TYPE_CHECKING or not __package__ or __name__ == "__main__":
     from start_errors import StartError, cannot_have
     from state_gateway import VERSION, StateGateway
     from systemd_notify import SystemdNotify
+    from table_room import share_one_arena
 else:  # the folder is part of a router's package, which wants these only
     importlib.import_module(".package_imports", __package__).install(__package__)
     from .config import ConfigError
@@ -156,6 +157,7 @@ class _Exits:
 def _run_daemon(config: Config) -> int:
     _occupy_standard_descriptors()
     faulthandler.enable(2)  # a crash, or systemd's watchdog, shows where every thread was
+    share_one_arena()
     try:
         exits = _Exits()
         daemon_log = DaemonLog(config.log_level)

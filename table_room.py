@@ -7,6 +7,8 @@ rejected, and the answers about them still find the memory that they take.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable
 
@@ -18,14 +20,25 @@ except ImportError:  # no POSIX system
 MAX_HISTORY_BYTES = 128 * 1024 * 1024  # of all engines: enough for 10,000 usual ones with 100 states each
 RESERVE_BYTES = 16 * 1024 * 1024  # for what does not grow with the table
 ANSWERS = 2  # answers about the whole table take so many times what the table takes
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 CHECK_EVERY = 256  # engines; asking the system takes about ten microseconds
 
 
-def _limit_bytes() -> int | None:
+def limit_bytes() -> int | None:
+    """The limit of this process' address space; None if there is none."""
     if resource is None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit
+
+
+def share_one_arena() -> None:
+    """With a limit, have all threads allocate from one place: glibc reserves 64 MB of address space for each further
+    one, of which the table would have nothing. To be called before there are threads.
+    """
+    if limit_bytes() is not None:
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _used_bytes() -> int:
@@ -40,7 +53,7 @@ class TableRoom:
         self,
         max_engines: int,
         *,
-        limit_bytes: Callable[[], int | None] = _limit_bytes,
+        limit_bytes: Callable[[], int | None] = limit_bytes,
         used_bytes: Callable[[], int] = _used_bytes,
     ) -> None:
         """`limit_bytes` is the limit of the process' address space, None if there is none; `used_bytes` what it has,
@@ -73,7 +86,8 @@ class TableRoom:
         except (OSError, ValueError):
             return True  # nobody can say
         if self._full_at_bytes is None:
-            room = max(0, limit_bytes - used - RESERVE_BYTES) // (1 + ANSWERS)
+            free = max(0, limit_bytes - used)
+            room = max((free - RESERVE_BYTES) // (1 + ANSWERS), free // 4)  # a quarter if that is little
             self._full_at_bytes = used + room
             self.max_history_bytes = min(MAX_HISTORY_BYTES, room // 2)
         return used < self._full_at_bytes

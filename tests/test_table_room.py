@@ -55,8 +55,13 @@ class Memory(unittest.TestCase):
         self.assertEqual(self.asked, 3)
 
     def test_no_room_at_all(self) -> None:
-        room = self.room(self.used + 1)
-        self.assertFalse(room.for_one_more(0))
+        self.assertFalse(self.room(self.used).for_one_more(0))
+
+    def test_a_quarter_of_little(self) -> None:
+        room = self.room(self.used + RESERVE_BYTES)
+        self.assertTrue(room.for_one_more(0))
+        self.used += RESERVE_BYTES // 4
+        self.assertFalse([room.for_one_more(1) for _ in range(CHECK_EVERY)][-1])
 
     def test_a_system_that_does_not_say_has_room(self) -> None:
         def fail() -> int:
