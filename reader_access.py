@@ -7,10 +7,8 @@ import binascii
 import hashlib
 import hmac
 import logging
-import os
 import re
 import secrets
-import stat
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +16,7 @@ from dataclasses import replace
 
 from config import ANY_ORIGIN, PREFIX, ConfigError
 from http_message import METHODS, Answer, Request, error_answer
+from secret_file import SecretFileError, read_secret_lines
 
 logger = logging.getLogger("elrar.http")
 
@@ -25,7 +24,6 @@ MAX_GUESSES = 20  # wrong tokens of one network within GUESSES_S that are refuse
 GUESSES_S = 60.0
 HELD_BACK_S = 1.0  # the answer to further ones
 MAX_GUESSERS = 10_000  # networks whose guesses are remembered
-MAX_TOKENS_FILE_BYTES = 16 * 1024 * 1024
 
 _NO_TOKEN = b""  # something was brought that can be no token
 _TOKEN = re.compile(rb"[!-~]{16,256}")
@@ -63,26 +61,17 @@ def read_tokens(path: str) -> tuple[list[bytes], str]:
     A line that begins with # is a comment, and an empty one is passed over.
     """
     try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(MAX_TOKENS_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise TokensError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(text) > MAX_TOKENS_FILE_BYTES:
-        raise TokensError(f"{path} is larger than {MAX_TOKENS_FILE_BYTES} bytes")
+        lines, warning = read_secret_lines(path)
+    except SecretFileError as error:
+        raise TokensError(str(error)) from error
     tokens: list[bytes] = []
-    for number, raw in enumerate(text.split(b"\n"), 1):
-        line = raw.removesuffix(b"\r")
-        if not line or line.startswith(b"#"):
-            continue
+    for number, line in lines:
         if not _TOKEN.fullmatch(line):
             raise TokensError(f"{path} line {number}: {_what_is_wrong(line)}")
         tokens.append(line)
     if not tokens:
         raise TokensError(f"{path} has no token")
-    if stat.S_ISREG(mode) and mode & stat.S_IRWXO:
-        return tokens, f"others than its owner and group can read {path}: `chmod o= {path}`"
-    return tokens, ""
+    return tokens, warning
 
 
 def _what_is_wrong(line: bytes) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
-import stat
 from binascii import hexlify
 from collections.abc import Mapping
 
 from config import PREFIX, ConfigError
 from engine_state import unquote_json
+from secret_file import SecretFileError, read_secret_lines
 
 logger = logging.getLogger("elrar.keys")
 
-MAX_KEYS_FILE_BYTES = 16 * 1024 * 1024
 MAX_CACHED_IDS = 65536  # engine ids of one key for which it is known whether it speaks for them
 MAX_PATTERN_PLACES = 256  # characters of a pattern besides `*`: no engine_id is longer
 CODE_BYTES = 16  # of the HMAC that a signature has
@@ -138,20 +136,15 @@ def read_keys(path: str) -> tuple[Keys, list[str]]:
     A line that begins with # is a comment, and an empty one is passed over.
     """
     try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(MAX_KEYS_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise KeysError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(text) > MAX_KEYS_FILE_BYTES:
-        raise KeysError(f"{path} is larger than {MAX_KEYS_FILE_BYTES} bytes")
+        lines, warning = read_secret_lines(path)
+    except SecretFileError as error:
+        raise KeysError(str(error)) from error
     keys: dict[bytes, SigningKey] = {}
     lines_of_ids: dict[bytes, int] = {}
     lines_of_codes: dict[bytes, int] = {}  # what each key makes of nothing tells keys apart
     warnings = []
-    for number, raw in enumerate(text.split(b"\n"), 1):
-        line = raw.removesuffix(b"\r")
-        if not line.strip(b" \t") or line.startswith(b"#"):
+    for number, line in lines:
+        if not line.strip(b" \t"):
             continue
         try:
             key = _read_line(line)
@@ -166,8 +159,8 @@ def read_keys(path: str) -> tuple[Keys, list[str]]:
             warnings.append(f"{path}: lines {same} and {number} have the same key, so that who has one has both")
     if not keys:
         raise KeysError(f"{path} has no key")
-    if stat.S_ISREG(mode) and mode & stat.S_IRWXO:
-        warnings.append(f"others than its owner and group can read {path}: `chmod o= {path}`")
+    if warning:
+        warnings.append(warning)
     return keys, warnings
 
 
