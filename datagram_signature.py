@@ -12,7 +12,7 @@ from hmac import compare_digest
 
 from signing_keys import Keys, SigningKey
 
-# Why a signature is refused. The same words are the counters and the README's rows. First those for which only the
+# Why a signature is refused. The same words are the counters and docs/engines.md's rows. First those for which only the
 # datagram's end is looked at, then those that need its fields; in the order in which they are asked.
 UNSIGNED = "unsigned"
 UNKNOWN_KEY = "unknown_key"

@@ -3,7 +3,8 @@
 This is the one place where bytes become a state. Everything here is a pure function, safe in any thread.
 
 `FIELDS` is the table of a state's fields. The parser, the canonical form, the heartbeat rule, the record, the entries
-of /engines, the metrics and the README's table come from it: a new field is a row of it, and a line of `EngineState`.
+of /engines, the metrics and docs/engines.md's table come from it: a new field is a row of it, and a line of
+`EngineState`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAX_ENGINE_ID_CHARS = 256
 MAX_MODE_CHARS = 64
 MAX_NESTING = 500  # of unknown fields; the JSON module of Python 3.10 gives up at 1000 levels, that of 3.13 at 10000
 
-# Why a datagram is invalid. The same words are the counters, the tests' names and the README's rows.
+# Why a datagram is invalid. The same words are the counters, the tests' names and docs/engines.md's rows.
 TOO_LARGE = "too_large"
 NOT_UTF8 = "not_utf8"
 NOT_JSON = "not_json"
@@ -177,7 +178,7 @@ class Field:
     """One field of a state."""
 
     name: str
-    accepts: str  # type and range, as in the README's table
+    accepts: str  # type and range, as in docs/engines.md's table
     meaning: str  # unit and meaning, the same
     check: Callable[[Any, str], Any]
     canonical: bytes  # what its JSON text looks like in a canonical datagram

@@ -24,7 +24,7 @@ FAREWELL, RESTARTED, CONFLICT = "farewell", "restarted", "conflict"
 LOG_TROUBLE, LOG_RECOVERED = "log_trouble", "log_recovered"
 KERNEL_DROPS, PAUSED, GATEWAY_STARTED = "kernel_drops", "paused", "gateway_started"
 
-# Every kind there is, and when it happens; the READMEs' table and the status page have the same ones.
+# Every kind there is, and when it happens; docs/http.md and the status page have the same ones.
 EVENT_KINDS = {
     APPEARED: "an engine was heard from that was not known",
     WENT_STALE: "an engine has been silent for longer than `STALE_THRESHOLD`",

@@ -1,8 +1,8 @@
 """Every counter there is, declared once: its name at /stats, what it counts, and its name at /metrics.
 
-From these tables come the counting, /stats, the last line of the state log, /metrics and the READMEs' table. To add
-a counter, add a row, and count it where it happens; to add an outcome of a datagram, add a row, and decide it in the
-store.
+From these tables come the counting, /stats, the last line of the state log, /metrics and the table in docs/engines.md.
+To add a counter, add a row, and count it where it happens; to add an outcome of a datagram, add a row, and decide it
+in the store.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Outcome:
 
     name: str  # at /metrics
     counter: str | None  # at /stats; None: it is what is left of valid_states
-    when: str  # as in the README's table, as the next three are
+    when: str  # as in docs/engines.md's table, as the next three are
     shown: str  # whether it is shown at /engines
     logged: bool  # whether it is written to the state log
     heard: bool  # whether the engine counts as heard from

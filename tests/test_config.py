@@ -228,13 +228,13 @@ class OneTable(unittest.TestCase):
                     [(setting.variable, setting.default) for setting in SETTINGS],
                 )
 
-    def test_both_readmes_have_the_modes(self) -> None:
-        for name in ("README.md", "README.zh-CN.md"):
+    def test_the_pages_on_engines_have_the_modes(self) -> None:
+        for name in ("docs/engines.md", "docs/engines.zh-CN.md"):
             text = (TOP / name).read_text(encoding="utf-8")
             with self.subTest(name):
                 self.assertRegex(text, r"\n\| \|" + "".join(rf" {mode}[^|]*\|" for mode in MODES) + "\n")
         listens_on = " | ".join(mode.listens_on for mode in MODES.values())
-        self.assertIn(f"\n| listens on | {listens_on} |\n", (TOP / "README.md").read_text(encoding="utf-8"))
+        self.assertIn(f"\n| listens on | {listens_on} |\n", (TOP / "docs" / "engines.md").read_text(encoding="utf-8"))
 
     def test_a_mode_is_a_row(self) -> None:
         multicast = Mode("multicast", "all interfaces", on_all_interfaces=True)

@@ -1,4 +1,4 @@
-"""The README's table of what to edit for which change is true: each change is made to a copy, in those files only."""
+"""What docs/design.md says to edit for a change is true: each change is made to a copy, in those files only."""
 
 from __future__ import annotations
 
@@ -249,10 +249,13 @@ assert bench.one_more() == 1
 }
 
 
+ENGLISH, CHINESE = "docs/design.md", "docs/design.zh-CN.md"
+
+
 def rows(name: str) -> list[tuple[str, str]]:
-    """The rows of the README's table: the change, and where it lands."""
+    """The rows of a page's table: the change, and where it lands."""
     text = (TOP / name).read_text(encoding="utf-8")
-    start = "| to change | edit |\n|---|---|\n" if name == "README.md" else "| 要改什么 | 编辑哪里 |\n|---|---|\n"
+    start = "| to change | edit |\n|---|---|\n" if name == ENGLISH else "| 要改什么 | 编辑哪里 |\n|---|---|\n"
     table = text.partition(start)[2].partition("\n\n")[0]
     return re.findall(r"^\| (.*?) \| (.*?) \|$", table, flags=re.MULTILINE)
 
@@ -261,10 +264,10 @@ class ToChange(unittest.TestCase):
     """Who follows the table to the letter has made the change, everywhere."""
 
     def test_every_row_has_its_change_here(self) -> None:
-        self.assertEqual([change for change, _ in rows("README.md")], list(CHANGES))
+        self.assertEqual([change for change, _ in rows(ENGLISH)], list(CHANGES))
 
-    def test_both_readmes_name_the_same_files(self) -> None:
-        for row, its_twin in zip(rows("README.md"), rows("README.zh-CN.md"), strict=True):
+    def test_both_languages_name_the_same_files(self) -> None:
+        for row, its_twin in zip(rows(ENGLISH), rows(CHINESE), strict=True):
             self.assertEqual(re.findall("`[^`]+`", row[1]), re.findall("`[^`]+`", its_twin[1]), row)
 
     def make(self, folder: Path, change: Change) -> set[str]:
@@ -279,7 +282,7 @@ class ToChange(unittest.TestCase):
         return {name for name, _, _ in change.edits}
 
     def test_each_change_lands_in_the_files_of_its_row_and_takes_effect(self) -> None:
-        for row, where in rows("README.md"):
+        for row, where in rows(ENGLISH):
             change = CHANGES[row]
             with self.subTest(row), tempfile.TemporaryDirectory() as folder:
                 edited = self.make(Path(folder), change)

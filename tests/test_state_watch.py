@@ -66,7 +66,7 @@ def parse(stream: bytes) -> list[Event]:
 
 
 class Table:
-    """A reader's table, kept by the events alone, as the README tells a router to."""
+    """A reader's table, kept by the events alone, as docs/http.md tells a router to."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A closed list is one table: what a row of it changes, and that the READMEs say the same."""
+"""A closed list is one table: what a row of it changes, and that the pages say the same."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class AFieldMore(unittest.TestCase):
 
 
 class Fields(unittest.TestCase):
-    """The table of fields is the EngineState's, and the READMEs'."""
+    """The table of fields is the EngineState's, and docs/engines.md's."""
 
     def test_the_table_and_the_state_have_the_same_fields(self) -> None:
         self.assertEqual([field.name for field in FIELDS], list(EngineState.__dataclass_fields__))
@@ -100,18 +100,18 @@ class Fields(unittest.TestCase):
         ]
         self.assertLessEqual(len(named), 2, named)
 
-    def test_the_readme_s_table_is_this_one(self) -> None:
-        text = (TOP / "README.md").read_text()
+    def test_the_page_s_table_is_this_one(self) -> None:
+        text = (TOP / "docs" / "engines.md").read_text()
         for field in FIELDS:
             row = f"| `{field.name}` | {field.accepts} | {field.meaning} |"
             self.assertTrue(row in text, row)
 
 
 class Counters(unittest.TestCase):
-    """A counter is declared once, and is the same number at /stats, at /metrics and in the READMEs."""
+    """A counter is declared once, and is the same number at /stats, at /metrics and in the pages."""
 
-    def test_the_readme_s_table_of_outcomes_is_this_one(self) -> None:
-        text = (TOP / "README.md").read_text()
+    def test_the_page_s_table_of_outcomes_is_this_one(self) -> None:
+        text = (TOP / "docs" / "engines.md").read_text()
         rows = [
             f"| {f'`{outcome.counter}`' if outcome.counter else outcome.name} | {outcome.when} | {outcome.shown} |"
             f" {'yes' if outcome.logged else 'no'} | {'yes' if outcome.heard else 'no'} |"

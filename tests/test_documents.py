@@ -1,4 +1,4 @@
-"""The READMEs: every command was tried and is tried again here, and both languages say the same."""
+"""The pages people read: every command was tried and is tried again here, and both languages say the same."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ import table_room
 from config import PREFIX, SETTINGS, read_config
 from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS
+from tests.documents import TRANSLATED, anchors, blocks, code, english_pages, every_page, links, read, rows, twin
 from tests.harness import (
     DEADLINE_S,
     TOP,
@@ -40,17 +41,18 @@ from tests.harness import (
     wait_until,
 )
 
-ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
+START = "python3 gateway.py"
 TOOLS = ("nc", "curl", "ss", "grep", "tail")
 ENGINE_AGENT = (  # in tests/test_engine_agent_command.py and .ci/engines
     "--simulate 20",
     "--replay engine_states.jsonl --speed 10",
     "--install-plugin /opt/elrar",
+    "--new-key fleet",
     "--check --engine http://127.0.0.1:8000",
     "--engine http://127.0.0.1:8000 --gateway localhost:9999",
 )
 RUN_ELSEWHERE = {  # by other tests, or by .ci/container and .ci/kubernetes
-    "python3 gateway.py",
+    START,
     "python3 -m unittest",
     "./start_gateway_unicast.sh",
     "pkill -f gateway.py",
@@ -62,28 +64,9 @@ RUN_ELSEWHERE = {  # by other tests, or by .ci/container and .ci/kubernetes
 }
 
 
-def read(name: str) -> str:
-    return (TOP / name).read_text(encoding="utf-8")
-
-
-def blocks(name: str) -> list[tuple[str, str]]:
-    """Every fenced block as its language and its text."""
-    return re.findall(r"^ *```(\w*)\n(.*?)^ *```$", read(name), flags=re.DOTALL | re.MULTILINE)
-
-
 def without_buffer_warning(text: str) -> str:
     """What was said, but for what is said besides where a user or kernel does not get the receive buffer asked for."""
     return "".join(line for line in text.splitlines(keepends=True) if "granted a smaller receive buffer" not in line)
-
-
-def rows(name: str) -> list[str]:
-    """Every row of every table, without the fenced blocks."""
-    prose = re.sub(r"^ *```.*?^ *```$", "", read(name), flags=re.DOTALL | re.MULTILINE)
-    return [line for line in prose.splitlines() if line.startswith("|")]
-
-
-def code(text: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", text)
 
 
 def transcript(text: str) -> list[tuple[str, str]]:
@@ -102,26 +85,58 @@ def masked(text: str) -> list[str]:
 
 
 class BothLanguages(unittest.TestCase):
-    """The two READMEs have the same commands, outputs, tables and settings."""
+    """The pages of both languages have the same commands, outputs and tables."""
+
+    def pairs(self) -> list[tuple[str, str]]:
+        return [(name, twin(name)) for name in english_pages() if twin(name) in every_page()]
+
+    def test_the_pages_for_operators_are_there_in_chinese(self) -> None:
+        self.assertEqual([name for name, _ in self.pairs()], sorted(TRANSLATED))
+        self.assertEqual([name for name in every_page() if twin(twin(name)) != name or not read(name).strip()], [])
 
     def test_the_fenced_blocks_are_the_same(self) -> None:
-        self.assertEqual(blocks(CHINESE), blocks(ENGLISH))
-        self.assertGreater(len(blocks(ENGLISH)), 10)
+        for english, chinese in self.pairs():
+            with self.subTest(chinese):
+                self.assertEqual(blocks(chinese), blocks(english))
 
     def test_the_tables_have_the_same_rows(self) -> None:
-        english, chinese = rows(ENGLISH), rows(CHINESE)
-        self.assertEqual(len(english), len(chinese))
-        for row, its_twin in zip(english, chinese, strict=True):
-            with self.subTest(row):
-                self.assertEqual(row.count("|"), its_twin.count("|"))
-                self.assertEqual(sorted(code(row)), sorted(code(its_twin)))
+        for english, chinese in self.pairs():
+            self.assertEqual(len(rows(english)), len(rows(chinese)), chinese)
+            for row, its_twin in zip(rows(english), rows(chinese), strict=True):
+                with self.subTest(row):
+                    self.assertEqual(row.count("|"), its_twin.count("|"))
+                    self.assertEqual(sorted(code(row)), sorted(code(its_twin)))
+
+    def test_each_page_leads_to_itself_in_the_other_language(self) -> None:
+        for english, chinese in self.pairs():
+            for name, other in ((english, chinese), (chinese, english)):
+                self.assertIn((other, ""), links(name)[:1], name)
+
+    def test_links_lead_somewhere(self) -> None:
+        for name in every_page():
+            for path, anchor in links(name):
+                with self.subTest(page=name, link=f"{path}#{anchor}"):
+                    self.assertTrue((TOP / path).exists(), path)
+                    if anchor:
+                        self.assertIn(anchor, anchors(path))
+
+    def test_links_stay_in_their_language(self) -> None:
+        for name in every_page():
+            is_chinese = name.endswith(".zh-CN.md")
+            for path, _ in links(name)[1 if twin(name) in every_page() else 0 :]:
+                if path.endswith(".md") and twin(path) in every_page():
+                    self.assertEqual(path.endswith(".zh-CN.md"), is_chinese, f"{name} to {path}")
+
+
+class Tables(unittest.TestCase):
+    """What the pages list is what the program has."""
 
     def test_the_reasons_are_those_of_the_parser(self) -> None:
         for reason, meaning in {**REASONS, **SIGNATURE_REASONS}.items():
-            self.assertIn(f"| `{reason}` | {meaning} |", read(ENGLISH))
+            self.assertIn(f"| `{reason}` | {meaning} |", read("docs/engines.md"))
 
     def test_the_bounds_are_those_of_the_program(self) -> None:
-        table = read(ENGLISH).partition("| bound |")[2].partition("\n\n")[0]
+        table = read("docs/design.md").partition("| bound |")[2].partition("\n\n")[0]
         bounds = re.findall(r"^\| [^|]* \| ([^|]*) \|", table, flags=re.MULTILINE)
         numbers = [[int(number) for number in re.findall(r"(?<![A-Z_])[0-9]+", bound)] for bound in bounds]
         self.assertEqual(
@@ -145,36 +160,24 @@ class BothLanguages(unittest.TestCase):
         )
 
     def test_the_table_of_paths_is_that_of_the_program(self) -> None:
-        for name in (ENGLISH, CHINESE):
+        for name in ("docs/http.md", "docs/http.zh-CN.md"):
             for route in state_query.ROUTES:
                 with self.subTest(name=name, path=route.path):
                     self.assertRegex(read(name), rf"(?m)^\|.*`{re.escape(route.path)}[?`]")
 
-    def test_links_within_lead_somewhere(self) -> None:
-        for name in (ENGLISH, CHINESE):
-            text = read(name)
-            anchors = {
-                re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-                for title in re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
-            }
-            for target in re.findall(r"\]\(#([^)]+)\)", text):
-                self.assertIn(target, anchors, name)
-            for target in re.findall(r"\]\(([^#)]+)\)", text):
-                self.assertTrue((TOP / target).exists(), target)
-
     def test_every_file_of_the_program_has_its_row_in_the_layout(self) -> None:
-        for name in (ENGLISH, CHINESE):
+        for name in ("docs/design.md", "docs/design.zh-CN.md"):
             listed = set(re.findall(r"^\| `(\w+\.py)` \|", read(name), flags=re.MULTILINE))
             self.assertEqual(listed, {path.name for path in TOP.glob("*.py")})
 
     def test_the_two_commands_are_in_the_first_screen(self) -> None:
-        for name in (ENGLISH, CHINESE):
+        for name in ("README.md", "README.zh-CN.md"):
             first_screen = "\n".join(read(name).splitlines()[:25])
             self.assertIn("```bash\npython3 gateway.py\npython3 -m unittest\n```", first_screen)
 
 
 class Commands(unittest.TestCase):
-    """What the README shows is what one sees."""
+    """What a page shows is what one sees."""
 
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
@@ -219,44 +222,60 @@ class Commands(unittest.TestCase):
 
         wait_until("the states to be logged", logged)
 
-    @unittest.skipUnless(all(map(shutil.which, TOOLS)), f"one of {', '.join(TOOLS)} is not on this machine")
+    def started(self) -> Daemon:
+        running = Daemon(self.folder, {"UDP_PORT": self.port, "STALE_THRESHOLD": 60_000})
+        self.addCleanup(running.close)
+        return running.wait_ready()
+
     def test_every_transcript_comes_out_as_shown(self) -> None:
+        """A page that does not begin with the start finds a gateway that runs and has heard from the engine `test`."""
+        for page in english_pages():
+            commands = [one for language, text in blocks(page) if language == "console" for one in transcript(text)]
+            missing = [tool for tool in TOOLS if not shutil.which(tool) and re.search(rf"\b{tool}\b", str(commands))]
+            with self.subTest(page):
+                if missing:
+                    self.skipTest(f"{', '.join(missing)}: not on this machine")
+                if commands:
+                    self.try_transcript(commands)
+
+    def try_transcript(self, commands: list[tuple[str, str]]) -> None:
+        self.setUp()
         running: Daemon | None = None
-        tried = 0
-        for language, text in blocks(ENGLISH):
-            if language != "console":
-                continue
-            for command, shown in transcript(text):
-                with self.subTest(command):
-                    if command == "python3 gateway.py" and running is None:
-                        running = Daemon(self.folder, {"UDP_PORT": self.port, "STALE_THRESHOLD": 60_000})
-                        self.addCleanup(running.close)
-                        running.wait_ready()
-                        output = self.as_shown("".join(running.lines))
-                    else:
-                        if running is not None and "engine_states.jsonl" in command:
-                            self.wait_logged(running)
-                        output = self.shell(command)
-                    self.assertEqual(masked(without_buffer_warning(output)), masked(shown))
-                    tried += 1
-        self.assertGreater(tried, 12)
+        if commands[0][0] != START:
+            running = self.started()
+            running.send(*(datagram(timestamp_ms=1234567890 + n) for n in range(2)))
+            running.wait_received(2)
+        for command, shown in commands:
+            with self.subTest(command):
+                if command == START and running is None:
+                    running = self.started()
+                    output = self.as_shown("".join(running.lines))
+                else:
+                    if running is not None and "engine_states.jsonl" in command:
+                        self.wait_logged(running)
+                    output = self.shell(command)
+                self.assertEqual(masked(without_buffer_warning(output)), masked(shown))
         assert running is not None
         self.assertEqual(running.stop(), 0)
 
     def test_every_line_of_the_shell_blocks_is_known_to_work(self) -> None:
         tried = 0
-        for language, text in blocks(ENGLISH):
-            for line in text.replace("\\\n", "").splitlines() if language == "bash" else ():
-                export = re.fullmatch(rf' *export ({PREFIX}\w+)="([^"]*)"', line)
-                with self.subTest(line):
-                    if export:
-                        self.assert_setting(export[1], export[2])
-                    elif line.startswith(("docker ", "kubectl ")):
-                        self.assert_names_what_is_here(shlex.split(line))
-                    else:
-                        self.assertIn(line.strip(), RUN_ELSEWHERE)
-                    tried += 1
-        self.assertGreater(tried, 20)
+        for page in english_pages():
+            for language, text in blocks(page):
+                for line in text.replace("\\\n", "").splitlines() if language == "bash" else ():
+                    with self.subTest(page=page, line=line):
+                        self.assert_works(line)
+                        tried += 1
+        self.assertGreater(tried, 30)
+
+    def assert_works(self, line: str) -> None:
+        export = re.fullmatch(rf' *export ({PREFIX}\w+)="([^"]*)"', line)
+        if export:
+            self.assert_setting(export[1], export[2])
+        elif line.startswith(("docker ", "kubectl ")):
+            self.assert_names_what_is_here(shlex.split(line))
+        else:
+            self.assertIn(line.strip(), RUN_ELSEWHERE)
 
     def assert_setting(self, variable: str, value: str) -> None:
         self.assertIn(variable, [setting.variable for setting in SETTINGS])
@@ -288,7 +307,7 @@ class Commands(unittest.TestCase):
         )
 
     def test_the_routers_example_runs(self) -> None:
-        program, *_ = [text for language, text in blocks(ENGLISH) if language == "python"]
+        program, *_ = [text for language, text in blocks("docs/routers.md") if language == "python"]
         with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running:
             program = program.replace("9999", str(running.http_port))
             self.assertEqual(self.run_example(program).stdout, "no engine is live\n")
@@ -299,7 +318,7 @@ class Commands(unittest.TestCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def test_the_example_over_http_runs(self) -> None:
-        _, program, _ = [text for language, text in blocks(ENGLISH) if language == "python"]
+        _, program, _ = [text for language, text in blocks("docs/routers.md") if language == "python"]
         with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running:
             running.send(datagram(engine_id="http://172.17.0.3:8000"))
             running.wait_received(1)
@@ -313,7 +332,7 @@ class Commands(unittest.TestCase):
         self.assertRegex(done.stdout, r"^http://172\.17\.0\.3:8000 10 tokens wait, as of \d+ ms ago\n$")
 
     def test_the_example_in_process_runs(self) -> None:
-        *_, program = [text for language, text in blocks(ENGLISH) if language == "python"]
+        *_, program = [text for language, text in blocks("docs/routers.md") if language == "python"]
         done = subprocess.run(
             [sys.executable, "-c", program],
             cwd=self.folder,
@@ -328,7 +347,7 @@ class Commands(unittest.TestCase):
         self.assertRegex(without_buffer_warning(done.stderr), warning)
 
     def test_the_log_line_is_as_shown(self) -> None:
-        (shown,) = [text for language, text in blocks(ENGLISH) if language == "json"]
+        (shown,) = [text for language, text in blocks("docs/state-log.md") if language == "json"]
         with daemon(self.folder, BIND_ADDRESS="127.0.0.1") as running:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                 sock.sendto(json.dumps(json.loads(shown)["state"]).encode(), ("127.0.0.1", running.udp_port))
