@@ -533,7 +533,8 @@ class Complaints:
     def __init__(self, say: Say, clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say
         self._clock = clock
-        self._lock = threading.Lock()  # guards what follows; nothing is said under it
+        # Guards what follows; nothing is said under it. A signal's handler may come while its own thread holds it.
+        self._lock = threading.RLock()
         self._said_at: dict[str, float] = {}
         self._count: dict[str, int] = {}
 
@@ -1032,9 +1033,9 @@ class PhaseJudge:
 class Reporter:
     """Speaks for one engine_id: judges, writes and sends. For one thread at a time."""
 
-    # Before each of the three. Together, all would be lost to one full buffer; apart, a process that is killed after
+    # Before each after the first. Together, all would be lost to one full buffer; apart, a process that is killed after
     # its SIGTERM sends only the first.
-    FAREWELL_GAPS_S = (0.0, 0.005, 0.05)
+    FAREWELL_GAPS_S = (0.005, 0.05)
 
     def __init__(
         self,
@@ -1051,6 +1052,7 @@ class Reporter:
         self._clock = clock
         self._wall_clock = wall_clock
         self._judge = PhaseJudge(stuck_after_s)
+        self._owed: Statement | None = None  # a farewell that was said once
 
     @property
     def phase(self) -> str | None:
@@ -1076,14 +1078,22 @@ class Reporter:
         if self.phase != GONE:
             self._send(self._judge.unproven(self._clock()))
 
+    def begin_farewell(self) -> None:
+        """The engine ended: say so once, without waiting. `farewell` says the rest."""
+        statement = self._judge.gone()
+        if statement is not None:
+            self._owed = statement
+            self._send(statement)
+
     def farewell(self, sleep: Callable[[float], object] = time.sleep) -> None:
         """The engine ended: say so three times within 100 ms, once for each life."""
-        statement = self._judge.gone()
-        if statement is None:
+        self.begin_farewell()
+        owed, self._owed = self._owed, None
+        if owed is None:
             return
         for gap_s in self.FAREWELL_GAPS_S:
             sleep(gap_s)
-            self._send(statement)
+            self._send(owed)
 
     def _begin_anew(self) -> None:
         self.writer.new_life()
@@ -1180,6 +1190,11 @@ class Agent:
             self.saw_nothing()
         else:
             self.ended(sleep)
+
+    def begin_farewell(self) -> None:
+        """The engine ends: say farewell once, without waiting. `ended` says the rest."""
+        for reporter in self._reporters.values():
+            reporter.begin_farewell()
 
     def ended(self, sleep: Callable[[float], object] = time.sleep) -> None:
         """The engine ended, or the agent does: say farewell."""
@@ -1409,7 +1424,7 @@ class Simulation:
     def end(self) -> None:
         """Say farewell for each engine that a gateway knows, three times."""
         known = [engine for engine in self.engines if ACTIVITIES[engine.activity].phase]
-        for gap_s in Reporter.FAREWELL_GAPS_S:
+        for gap_s in (0.0, *Reporter.FAREWELL_GAPS_S):
             time.sleep(gap_s)
             for engine in known:
                 self._send(GONE, engine.farewell(_now_ms()))
@@ -3088,6 +3103,7 @@ class PluginAgent:
         self.watch = StepWatch(facts.indexes, front_end, self._wake.set, api_rank=facts.api_rank)
         self._sender = Sender(settings, self.complaints)
         self._agent = Agent(settings, self._sender)
+        self._turn = threading.Lock()  # guards the agent: its thread's, but for the first farewell
         self._keys = KeyWatch(settings, self.complaints)
         self._meeting = Meeting() if facts.servers > 1 else None
         self._others: dict[int, Summary] = {}  # replaced item by item by the meeting's thread
@@ -3114,9 +3130,19 @@ class PluginAgent:
         who = f"API server {self._facts.api_rank + 1} of {self._facts.servers}" if self._meeting else "this engine"
         self.say(f"{AGENT} reports {who} to {gateways} every {round(self._settings.push_interval_s * 1000)} ms")
 
+    MOST_WAIT_S = 0.005  # of a signal's handler for a look that is being made
+
     def end(self, wait_s: float = 0.0) -> None:
-        """Say farewell, in the agent's thread, and nothing after it."""
+        """Say farewell, the first one here and now, and nothing after it. Raises nothing."""
         self._ending = True
+        # Of several API servers each is killed a few ms after its SIGTERM: the agent's thread might come too late.
+        if self.speaks and self._turn.acquire(timeout=self.MOST_WAIT_S):
+            try:
+                self._agent.begin_farewell()
+            except Exception as error:
+                self.complaints.trouble("farewell", f"the farewell failed ({type(error).__name__}: {error})")
+            finally:
+                self._turn.release()
         self._wake.set()
         if wait_s:
             self._ended.wait(wait_s)
@@ -3139,16 +3165,18 @@ class PluginAgent:
         while True:
             woken = self._wake.wait(max(0.0, due - time.monotonic()))
             self._wake.clear()
-            if self._ending:
-                break
-            try:
-                self.step(urgent=woken)
-            except Exception as error:
-                self.complaints.trouble("step", f"a look at the engine failed ({type(error).__name__}: {error})")
+            with self._turn:
+                if self._ending:
+                    break
+                try:
+                    self.step(urgent=woken)
+                except Exception as error:
+                    self.complaints.trouble("step", f"a look at the engine failed ({type(error).__name__}: {error})")
             due = time.monotonic() + self._settings.push_interval_s
         try:
             if self.speaks:
-                self._agent.ended()
+                with self._turn:
+                    self._agent.ended()
         finally:
             self._sender.stop()
             self._ended.set()

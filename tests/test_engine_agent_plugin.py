@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import itertools
 import json
 import os
@@ -412,6 +413,27 @@ class InsideVllm(unittest.TestCase):
         farewells = [self.state(GONE) for _ in range(3)]
         self.assertEqual(len({one["seq"] for one in farewells}), 3)
         self.assertEqual([line for line in self.lines if "reports this engine" not in line], [])
+
+    def test_the_first_farewell_is_sent_before_the_signals_handler_returns(self) -> None:
+        # Of several API servers vLLM kills each a few ms after its SIGTERM: whoever waits for a thread comes too late.
+        logger = self.made(vllm_config=config(), engine_indexes=[0])
+        self.state(SERVING)
+        with mock.patch.object(logger._agent, "_wake", mock.Mock(spec=threading.Event())):
+            logger._agent.end()
+            self.gateway.setblocking(False)
+            phases = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    phases.append(json.loads(self.gateway.recv(9000))["phase"])
+        self.assertIn(GONE, phases)
+        logger._agent.end(wait_s=10.0)
+
+    def test_a_look_that_takes_long_does_not_hold_the_signals_handler_up(self) -> None:
+        logger = self.made(vllm_config=config(), engine_indexes=[0])
+        self.state(SERVING)
+        with mock.patch.object(PluginAgent, "MOST_WAIT_S", 0.0), logger._agent._turn:
+            logger._agent.end()
+        self.assertEqual(len({self.state(GONE)["seq"] for _ in range(3)}), 3)
 
     def test_until_its_port_answers_it_is_starting(self) -> None:
         with mock.patch.object(self, "port", lambda: 1):  # nobody listens there
