@@ -140,6 +140,22 @@ def _further(ids: list[str], views: list[EngineView]) -> list[bytes]:
     return [_page(name, "gauge", meaning, lines).encode() for name, meaning, lines in parts if lines]
 
 
+def _fleet_sums(sums: dict[str, dict[str, float]]) -> list[str]:
+    """The sums of `fleet`, by the names of the engines' own metrics, and how many engines are behind each."""
+    summed = [(field, field.metric) for field in FIELDS if field.summed]
+    parts = [
+        _gauge(
+            metric.family.replace("engine", "fleet", 1),
+            f"{metric.help.partition(',')[0]}: the sum over usable engines that know it",
+            sums[field.name]["sum"] * metric.scale,
+        )
+        for field, metric in summed
+        if metric is not None
+    ]
+    known = [({"field": field.name}, sums[field.name]["engines"]) for field, _ in summed]
+    return [*parts, _family("fleet_known_engines", "gauge", "Engines behind the sum of a field", known)]
+
+
 def _gauge(name: str, meaning: str, value: float) -> str:
     return _family(name, "gauge", meaning, [({}, value)])
 
@@ -169,6 +185,7 @@ def gateway_metrics(stats: dict[str, Any]) -> bytes:
         _family("engines", "gauge", "Engines known, by status",
                 [({"status": status}, fleet[status]) for status in STATUSES]),
         _gauge("usable_engines", "Engines that are live and whose load is known", fleet["usable"]),
+        *_fleet_sums(fleet["sums"]),
         _family("datagrams_total", "counter", "Datagrams received, by what was made of them",
                 [({"outcome": outcome}, count) for outcome, count in outcomes.items()]),
         _family("datagrams_received_total", "counter", "Datagrams received, by network mode",

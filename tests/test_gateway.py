@@ -156,6 +156,21 @@ class Statistics(GatewayCase):
         ]
         self.assertEqual(known, 1)
 
+    def test_the_sums_of_the_fleet_are_metrics_with_the_engines_behind_each(self) -> None:
+        gateway = self.run_gateway()
+        assert gateway.http_port is not None
+        self.send(gateway, datagram(engine_id="a"), datagram(engine_id="b", kv_cache_free_blocks=-1))
+        self.received(gateway, 2)
+        _, samples = parse_metrics(ask(gateway.http_port, "/metrics?engines=no").body.decode())
+        prefix = "elrar_state_gateway_fleet_"
+        sums = gateway.get_stats()["fleet"]["sums"]
+        self.assertEqual(samples[prefix + "pending_tokens"], {(): sums["pending_tokens_total"]["sum"]})
+        self.assertEqual(samples[prefix + "capacity_tokens_per_second"], {(): sums["engine_capacity"]["sum"]})
+        self.assertEqual(samples[prefix + "kv_cache_free_blocks"], {(): 100})
+        known = samples[prefix + "known_engines"]
+        self.assertEqual({dict(labels)["field"]: n for labels, n in known.items()},
+                         {name: one["engines"] for name, one in sums.items()})  # fmt: skip
+
     def test_before_anything_came_last_received_is_null(self) -> None:
         self.assertIsNone(self.run_gateway().get_stats()["last_received"])
 
