@@ -9,6 +9,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import pkgutil
 import re
 import time
 from collections.abc import Callable, Collection, Container
@@ -35,22 +36,26 @@ _ALLOW = f"Allow: {', '.join(METHODS)}"
 SHARED_S = 0.01  # how old a snapshot may be that is given to several readers
 
 
-def _find_status_page() -> Path:
-    """Beside this module; or, as `pip install` has it, in a folder for data that its record knows."""
-    if not STATUS_PAGE.exists():
+def _read_status_page() -> bytes:
+    """Beside this module; or, as `pip install` has it, in a folder for data that its record knows; raises OSError."""
+    try:
+        return STATUS_PAGE.read_bytes()
+    except NotADirectoryError:  # the module is in an archive, gateway.pyz, and so is the page
+        return pkgutil.get_data(__name__, STATUS_PAGE.name) or b""
+    except FileNotFoundError:
         import importlib.metadata  # only here: it takes 50 ms
 
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             for file in importlib.metadata.files(DISTRIBUTION) or ():
                 if file.name == STATUS_PAGE.name:
-                    return Path(str(file.locate()))
-    return STATUS_PAGE
+                    return Path(str(file.locate())).read_bytes()
+        raise
 
 
 def status_page() -> Answer:
     """The status page, with a policy under which a browser runs its own script and style and nothing else."""
     try:
-        page = _find_status_page().read_bytes()
+        page = _read_status_page()
     except OSError as error:
         return error_answer(404, f"the status page is not there: {error}")
     script, style = (
