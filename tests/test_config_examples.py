@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tempfile
+import textwrap
 import unittest
 import urllib.parse
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 
 import engine_agent
 from config import SETTINGS, Config, ConfigError, read_config, unknown_variables
-from tests.harness import TOP, daemon, datagram
+from tests.harness import DEADLINE_S, TOP, clean_environment, daemon, datagram
 
 EXAMPLES = TOP / "config_examples"
 ENGINES = EXAMPLES / "engines"
@@ -323,7 +326,7 @@ class Running(unittest.TestCase):
         self.assertEqual(paths, {"/readyz", "/livez"})
         self.assertEqual(container["livenessProbe"]["httpGet"]["path"], "/livez")
         paths.add(gateway_pod()["metadata"]["annotations"]["prometheus.io/path"])
-        engine_id = engine_environment()["VLLM_ELRAR_ENGINE_ID"].replace("$(POD_IP)", "10.244.1.7")
+        engine_id = engine_environment()["ELRAR_ENGINE_ID"].replace("$(POD_IP)", "10.244.1.7")
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "data" / Path(config().log_file).name
             changed = {"VLLM_STATE_GATEWAY_UDP_PORT": 0, "VLLM_STATE_GATEWAY_LOG_FILE": log}
@@ -339,7 +342,7 @@ class Running(unittest.TestCase):
 
 
 def engine_deployment() -> Any:
-    """The example of engines with an agent of their own."""
+    """The example of engines that take the agent from the gateway's image."""
     (deployment,) = manifests(ENGINES / "vllm-deployment.yaml")
     return deployment
 
@@ -359,19 +362,36 @@ class Engines(unittest.TestCase):
 
     def test_it_pushes_to_the_headless_service(self) -> None:
         target, environment = service("UDP"), engine_environment()
-        self.assertEqual(environment["VLLM_ELRAR_NETWORK_MODE"], "unicast")
-        self.assertEqual(environment["VLLM_ELRAR_GATEWAY_HOST"], target["metadata"]["name"])
+        self.assertEqual(environment["ELRAR_GATEWAY_HOST"], target["metadata"]["name"])
         self.assertEqual(engine_deployment()["metadata"]["namespace"], target["metadata"]["namespace"])
-        self.assertEqual(environment["VLLM_ELRAR_GATEWAY_PORT"], str(config().udp_port))
+        given = engine_agent.read_settings({**environment, "ELRAR_ENGINE_ID": "http://10.244.1.7:8000"})
+        self.assertEqual((given.network_mode, given.gateway_port), ("unicast", config().udp_port))
         self.assertEqual(target["spec"]["clusterIP"], "None")
 
     def test_its_id_is_its_url(self) -> None:
         """Kubernetes puts in only variables that are defined above the one that uses them."""
         names = list(engine_environment())
-        self.assertLess(names.index("POD_IP"), names.index("VLLM_ELRAR_ENGINE_ID"))
+        self.assertLess(names.index("POD_IP"), names.index("ELRAR_ENGINE_ID"))
         (container,) = engine_pod()["spec"]["containers"]
         (port,) = container["ports"]
-        self.assertEqual(engine_environment()["VLLM_ELRAR_ENGINE_ID"], f"http://$(POD_IP):{port['containerPort']}")
+        self.assertEqual(engine_environment()["ELRAR_ENGINE_ID"], f"http://$(POD_IP):{port['containerPort']}")
+
+    def test_its_agent_comes_out_of_the_gateways_image(self) -> None:
+        """The command that fills the volume makes what vLLM finds there, by a user who may write nothing else."""
+        pod = engine_pod()["spec"]
+        (fills,), (vllm,), (volume,) = pod["initContainers"], pod["containers"], pod["volumes"]
+        self.assertEqual(fills["image"], gateway_container()["image"])
+        self.assertEqual(volume["name"], fills["volumeMounts"][0]["name"])
+        self.assertEqual({one["mountPath"] for one in (*fills["volumeMounts"], *vllm["volumeMounts"])}, {"/elrar"})
+        self.assertEqual(engine_environment()["PYTHONPATH"], "/elrar")
+        with tempfile.TemporaryDirectory() as folder:
+            command, argument = fills["args"]
+            command_line = [sys.executable, str(TOP / command), argument.replace("/elrar", folder)]
+            subprocess.run(command_line, check=True, timeout=DEADLINE_S, env=clean_environment(), capture_output=True)
+            found = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+        self.assertEqual(
+            found, {"engine_agent.py", *(f"{engine_agent.PLUGIN_FOLDER}/{name}" for name in engine_agent.PLUGIN_FILES)}
+        )
 
     def test_the_policy_lets_engines_push_and_readers_read(self) -> None:
         policy = applied("NetworkPolicy")["spec"]
@@ -384,6 +404,90 @@ class Engines(unittest.TestCase):
         self.assertLessEqual(engines["podSelector"]["matchLabels"].items(), engine_pod()["metadata"]["labels"].items())
         for peer in readers["from"]:
             self.assertTrue(peer["podSelector"]["matchLabels"])
+
+
+KUSTOMIZE = EXAMPLES / "kustomize"
+
+
+class Kustomize(unittest.TestCase):
+    """The kustomization has the same gateway; .ci/kubernetes builds it and checks all of it against the schemas."""
+
+    def test_nothing_of_it_is_applied_with_the_plain_files(self) -> None:
+        self.assertNotIn("kustomization.yaml", [path.name for path in EXAMPLES.iterdir()])
+        for folder in KUSTOMIZE.iterdir():
+            if folder.is_dir():
+                self.assertTrue((folder / "kustomization.yaml").exists(), folder)
+
+    def test_its_gateway_is_that_of_the_plain_files(self) -> None:
+        """A kustomization reads nothing above its own folder, so that it has copies."""
+        for path in applied_files():
+            if path.name != "configmap.yaml":
+                copy = KUSTOMIZE / "gateway" / path.name
+                self.assertEqual(copy.read_text(encoding="utf-8"), path.read_text(encoding="utf-8"), copy)
+        lines = (KUSTOMIZE / "gateway" / "settings.env").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(dict(line.split("=", 1) for line in lines if not line.startswith("#")), settings())
+
+    def test_settings_that_it_shows_are_settings(self) -> None:
+        text = (KUSTOMIZE / "kustomization.yaml").read_text(encoding="utf-8")
+        shown = dict(re.findall(r"- (VLLM_\w+)=(.*)", text))
+        self.assertTrue(shown)
+        self.assertEqual(unknown_variables({**settings(), **shown}), [])
+        read_config({**settings(), **shown})
+
+    def test_its_rules_are_the_alerts_word_by_word(self) -> None:
+        alerts = (EXAMPLES / "prometheus" / "alerts.yaml").read_text(encoding="utf-8").partition("\ngroups:\n")[2]
+        rule = (KUSTOMIZE / "monitoring" / "prometheus-rule.yaml").read_text(encoding="utf-8")
+        self.assertEqual(textwrap.dedent(rule.partition("\n  groups:\n")[2]), textwrap.dedent(alerts))
+
+    def test_what_leads_to_the_gateway_names_its_service_and_port(self) -> None:
+        http = service("TCP")
+        name, port = http["metadata"]["name"], http["spec"]["ports"][0]
+        (ingress,) = manifests(KUSTOMIZE / "ingress" / "ingress.yaml")
+        (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
+        self.assertEqual(path["backend"]["service"], {"name": name, "port": {"name": port["name"]}})
+        (route,) = manifests(KUSTOMIZE / "gateway-api" / "http-route.yaml")
+        for rule in route["spec"]["rules"]:
+            self.assertEqual(rule["backendRefs"], [{"name": name, "port": port["port"]}])
+        stream, _ = route["spec"]["rules"]
+        self.assertEqual((stream["matches"][0]["path"]["value"], stream["timeouts"]), ("/watch", {"request": "0s"}))
+        for path_ in (KUSTOMIZE / "ingress" / "network-policy.yaml", KUSTOMIZE / "engines-outside"):
+            policy = path_ if path_.is_file() else path_ / "network-policy.yaml"
+            (document,) = manifests(policy)
+            labels = document["spec"]["podSelector"]["matchLabels"]
+            self.assertLessEqual(labels.items(), gateway_pod()["metadata"]["labels"].items())
+
+    def test_engines_outside_reach_the_udp_port(self) -> None:
+        (outside,) = manifests(KUSTOMIZE / "engines-outside" / "service.yaml")
+        (port,) = outside["spec"]["ports"]
+        self.assertEqual((port["protocol"], port["targetPort"]), ("UDP", config().udp_port))
+        self.assertIn(f":{port['nodePort']},", (KUSTOMIZE / "engines-outside" / "service.yaml").read_text())
+        self.assertLessEqual(outside["spec"]["selector"].items(), gateway_pod()["metadata"]["labels"].items())
+
+    def test_the_autoscalers_numbers_are_there(self) -> None:
+        """What KEDA reads at /stats, and what it asks Prometheus for, are numbers of a real gateway."""
+        by_stats, by_prometheus = (
+            manifests(KUSTOMIZE / "autoscaling" / name)[0]["spec"]
+            for name in ("scaled-object.yaml", "scaled-object-prometheus.yaml")
+        )
+        self.assertEqual(
+            {**by_stats, "triggers": []},
+            {**by_prometheus, "triggers": []},
+            "one of the two is taken, with the same bounds",
+        )
+        self.assertEqual(by_stats["scaleTargetRef"]["name"], engine_deployment()["metadata"]["name"])
+        asked = by_stats["triggers"][0]["metadata"]
+        self.assertEqual(
+            asked["url"], f"http://{service('TCP')['metadata']['name']}.{NAMESPACE}.svc:{config().http_port}/stats"
+        )
+        (metric,) = re.findall(r"\((\w+)\)", by_prometheus["triggers"][0]["metadata"]["query"])
+        with daemon(ENABLE_LOG="false") as running:
+            running.send(datagram(engine_id="a"), datagram(engine_id="b"))
+            running.wait_received(2)
+            value: Any = running.stats()
+            for key in asked["valueLocation"].split("."):
+                value = value[key]
+            self.assertEqual(value, 20)
+            self.assertIn(f"\n{metric} 20", running.ask("/metrics?engines=no").body.decode())
 
 
 class StockEngines(unittest.TestCase):
