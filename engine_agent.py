@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar, NamedTuple
 
-VERSION = "1.0"
+VERSION = "2.0.0"
 AGENT = f"elrar {VERSION}"
 
 # What an engine is up to, as the gateway's contract has it.

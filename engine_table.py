@@ -69,6 +69,8 @@ except ImportError:  # Windows: the table works, the live view does not
 
 __all__ = ["EngineTable", "Entry", "EventStream", "GatewayStatus", "StreamError"]
 
+VERSION = "2.0.0"
+
 logger = logging.getLogger(__name__)
 
 LIVE, STALE, UNAVAILABLE = "live", "stale", "unavailable"
@@ -962,7 +964,7 @@ class _Name:
         connection.putheader("Accept", accept)
         connection.putheader("Accept-Encoding", "identity")
         connection.putheader("Cache-Control", "no-cache")
-        connection.putheader("User-Agent", "engine_table")
+        connection.putheader("User-Agent", f"engine_table/{VERSION}")
         token = self._table._token()
         if token:
             connection.putheader("Authorization", f"Bearer {token}")
@@ -2332,6 +2334,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Shows the engines that state gateways know, live in a terminal, as top does.",
         epilog="keys: " + "; ".join(f"{keys}: {does}" for keys, does in KEYS_HELP.items()),
     )
+    parser.add_argument("--version", action="version", version=f"engine_table {VERSION}")
     parser.add_argument("url", nargs="+", help="a gateway's base URL, as in http://gateway.example:9999; or several")
     parser.add_argument("--once", action="store_true", help="print it once, and end; so, too, without a terminal")
     parser.add_argument("--json", action="store_true", help="a line of JSON an engine; without --once then each change")

@@ -39,7 +39,7 @@ from state_store import Reaper, StateStore
 from state_watch import Watch
 from udp_listener import UdpListener
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 
 STUCK_AFTER_S = 10.0
 LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it

@@ -59,6 +59,9 @@ RUN_ELSEWHERE = {  # by other tests, or by .ci/container and .ci/kubernetes
     "./start_gateway_unicast.sh",
     "pkill -f gateway.py",
     "python3 benchmarks/bench.py",
+    ".ci/run",
+    "python3 gateway_archive.py",
+    "python3 gateway.pyz",
     *(f"python3 engine_agent.py {arguments}" for arguments in ENGINE_AGENT),
     "PYTHONPATH=/opt/elrar ELRAR_GATEWAY_HOST=localhost vllm serve MODEL",
     "python3 engine_table.py http://localhost:9999",
@@ -311,7 +314,7 @@ class Commands(unittest.TestCase):
         export = re.fullmatch(rf' *export ({PREFIX}\w+)="([^"]*)"', line)
         if export:
             self.assert_setting(export[1], export[2])
-        elif line.startswith(("docker ", "kubectl ")):
+        elif line.strip().startswith(("docker ", "kubectl ")):
             self.assert_names_what_is_here(shlex.split(line))
         else:
             self.assertIn(line.strip(), RUN_ELSEWHERE)

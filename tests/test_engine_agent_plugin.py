@@ -404,7 +404,9 @@ class InsideVllm(unittest.TestCase):
         idle = self.state(SERVING)
         self.assertRegex(idle["engine_id"], r"\Ahttp://127\.0\.0\.1:[0-9]+\Z")
         self.assertEqual((idle["kv_cache_free_blocks"], idle["num_requests_running"]), (4095, 0))
-        self.assertEqual((idle["model"], idle["engine"], idle["agent"]), ("tiny", "vllm 0.33.0", "elrar 1.0"))
+        self.assertEqual(
+            (idle["model"], idle["engine"], idle["agent"]), ("tiny", "vllm 0.33.0", f"elrar {engine_agent.VERSION}")
+        )
         logger.record(scheduler_stats=stats(8, 16), iteration_stats=iteration(8), mm_cache_stats=None, engine_idx=0)
         busy = self.serving(8)
         self.assertEqual(busy["num_requests_waiting"], 16)

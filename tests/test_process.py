@@ -581,7 +581,6 @@ class CommandLine(ProcessCase):
 
     def test_version(self) -> None:
         self.assertEqual(self.run_to_end("--version").stdout, f"elrar-state-gateway {VERSION}\n")
-        self.assertIn(f'\nversion = "{VERSION}"\n', (TOP / "pyproject.toml").read_text())
 
     def test_check_config_says_what_is_not_used(self) -> None:
         done = self.run_to_end("--check-config", NETWORK_MODE="broadcast", BIND_ADDRESS="127.0.0.1")
