@@ -66,6 +66,13 @@ def code(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
+def table(name: str, heading: str, number: int = 0) -> list[list[str]]:
+    """The cells of each row of a table under a heading, without the table's own heading."""
+    under = re.split(r"(?m)^#+ ", prose(name).partition(f"\n{heading}\n")[2])[0]
+    found = re.findall(r"(?m)(?:^\|.*\n)+", under + "\n")
+    return [re.split(r" \| ", line.strip("| ")) for line in found[number].splitlines()[2:]]
+
+
 def anchors(name: str) -> set[str]:
     """What a link may name behind `#`: each heading as GitHub writes it, Chinese kept, its punctuation dropped."""
     found: set[str] = set()

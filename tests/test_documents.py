@@ -14,6 +14,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from typing import Any
 
 import boot_memory
 import daemon_log
@@ -27,8 +28,10 @@ import state_watch
 import table_room
 from config import PREFIX, SETTINGS, read_config
 from datagram_signature import SIGNATURE_REASONS
-from engine_state import REASONS
-from tests.documents import TRANSLATED, anchors, blocks, code, english_pages, every_page, links, read, rows, twin
+from engine_state import FIELDS, REASONS
+from fleet_events import EVENT_KINDS
+from openapi_document import PARAMETERS, openapi_document
+from tests.documents import TRANSLATED, anchors, blocks, code, english_pages, every_page, links, read, rows, table, twin
 from tests.harness import (
     DEADLINE_S,
     TOP,
@@ -43,6 +46,14 @@ from tests.harness import (
 
 START = "python3 gateway.py"
 SIMULATE = "python3 engine_agent.py --simulate 20"
+FIELD_TABLES = {  # of docs/http.md, and the schemas of which they have the members
+    "### An engine's entry": "Entry",
+    "### The document of `/engines`": "Snapshot",
+    "### The fleet": "Fleet",
+    "### The document of `/stats`": "Stats",
+    "### An event at `/events`": "Events",
+}
+LISTED = ("sums", "invalid_reasons", "signature_reasons")  # whose members stand in their row
 LIMITS = {"README.md": (180, 11_000), "README.zh-CN.md": (200, 13_000)}  # lines and bytes: one sitting
 TOOLS = ("nc", "curl", "ss", "grep", "tail")
 ENGINE_AGENT = (  # in tests/test_engine_agent_command.py and .ci/engines
@@ -139,8 +150,66 @@ class BothLanguages(unittest.TestCase):
                     self.assertEqual(path.endswith(".zh-CN.md"), is_chinese, f"{name} to {path}")
 
 
+def members(schema: dict[str, Any], above: str = "") -> list[tuple[str, str, list[str]]]:
+    """Every member that a document has: its name, its type, and what a row of its own would be too much for."""
+    found = []
+    for name, value in schema["properties"].items():
+        type_of = value.get("type", "object")
+        within = value.get("properties", {})
+        listed = list(within) if name in LISTED else []
+        if listed and "properties" in within[listed[0]]:
+            listed += within[listed[0]]["properties"]
+        found.append((above + name, type_of if isinstance(type_of, str) else " or ".join(type_of), listed))
+        if within and not listed:
+            if not value.get("description"):
+                found.pop()  # a name for what is in it, and no more
+            found += members(value, f"{above}{name}.")
+        elif "properties" in value.get("additionalProperties", {}):
+            found += members(value["additionalProperties"], f"{above}{name}.<reason>.")
+    return found
+
+
 class Tables(unittest.TestCase):
     """What the pages list is what the program has."""
+
+    def test_the_page_lists_exactly_the_fields_of_the_interface(self) -> None:
+        schemas = openapi_document(state_query.ROUTES, "1.0")["components"]["schemas"]
+        schemas["Events"] = schemas["Events"]["items"]
+        for heading, name in FIELD_TABLES.items():
+            shown = {code(row[0])[0]: (row[1], code(row[2])) for row in table("docs/http.md", heading)}
+            expected = members(schemas[name])
+            self.assertEqual(list(shown), [field for field, _, _ in expected], heading)
+            for field, type_of, listed in expected:
+                with self.subTest(field):
+                    self.assertEqual(shown[field][0], type_of)
+                    self.assertLessEqual(set(listed), set(shown[field][1]))
+        short = [f"{code(row[1])[0]} {row[2]}" for row in table("docs/http.md", "### Short answers")]
+        answers = [schemas[name] for name in ("Liveness", "Version", "Error")]
+        expected_short = [f"{field} {type_of}" for schema in answers for field, type_of, _ in members(schema)]
+        self.assertEqual(sorted(short), sorted([*expected_short, "status string"]))
+        self.assertEqual(set(schemas["PastState"]["properties"]), {*(field.name for field in FIELDS), "received_ms"})
+
+    def test_the_page_lists_the_parameters_of_every_path(self) -> None:
+        shown = {code(row[0])[0]: code(row[1]) for row in table("docs/http.md", "## Asking it", 1)}
+        known = {
+            name: [route.path for route in state_query.ROUTES if name in (route.parameters or ())]
+            for name in PARAMETERS
+        }
+        self.assertEqual(
+            {name: sorted(paths) for name, paths in shown.items()}, {n: sorted(p) for n, p in known.items()}
+        )
+
+    def test_the_page_lists_the_events(self) -> None:
+        shown = [(code(row[0])[0], row[1]) for row in table("docs/http.md", "### An event at `/events`", 1)]
+        self.assertEqual(shown, list(EVENT_KINDS.items()))
+        paths = openapi_document(state_query.ROUTES, "1.0")["paths"]
+        events = [code(row[0])[0] for row in table("docs/http.md", "## Watching")]
+        self.assertEqual(events, list(paths["/watch"]["get"]["x-events"]))
+
+    def test_the_page_lists_every_status(self) -> None:
+        shown = [row[0] for row in table("docs/http.md", "## Asking it", 2)]
+        paths = openapi_document(state_query.ROUTES, "1.0")["paths"].values()
+        self.assertEqual(shown, sorted({status for path in paths for status in path["get"]["responses"]} - {"200"}))
 
     def test_the_reasons_are_those_of_the_parser(self) -> None:
         for reason, meaning in {**REASONS, **SIGNATURE_REASONS}.items():
