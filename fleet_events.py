@@ -41,6 +41,9 @@ EVENT_KINDS = {
 }
 
 
+Note = tuple[str, str, int | None, int, str]  # kind, engine_id, time_ms, count, and what more there is to say of it
+
+
 @dataclass(slots=True)
 class FleetEvent:
     """One event, or several of a kind that were merged; then all but `count` is the first one's."""
@@ -131,23 +134,23 @@ class EventNotes:
     """
 
     def __init__(self) -> None:
-        self._notes: dict[str, list[tuple[str, int | None]]] = {}
+        self._notes: dict[str, list[tuple[str, int | None, str]]] = {}
         self._more: dict[str, int] = {}
 
-    def note(self, kind: str, engine_id: str, time_ms: int | None = None) -> None:
+    def note(self, kind: str, engine_id: str, time_ms: int | None = None, detail: str = "") -> None:
         """Note an event; `time_ms` is that of the handing on if it is not given."""
         noted = self._notes.setdefault(kind, [])
         if len(noted) <= MAX_ALONE:
-            noted.append((engine_id, time_ms))
+            noted.append((engine_id, time_ms, detail))
         else:
             self._more[kind] = self._more.get(kind, 0) + 1
 
-    def take(self) -> list[tuple[str, str, int | None, int]]:
-        """(kind, engine_id, time_ms, count) of all that was noted since the last call."""
+    def take(self) -> list[Note]:
+        """All that was noted since the last call."""
         taken = [
-            (kind, engine_id, time_ms, 1 + (self._more.get(kind, 0) if at == MAX_ALONE else 0))
+            (kind, engine_id, time_ms, 1 + (self._more.get(kind, 0) if at == MAX_ALONE else 0), detail)
             for kind, noted in self._notes.items()
-            for at, (engine_id, time_ms) in enumerate(noted)
+            for at, (engine_id, time_ms, detail) in enumerate(noted)
         ]
         if taken:
             self._notes, self._more = {}, {}

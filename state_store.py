@@ -26,6 +26,7 @@ from engine_state import (
     is_heartbeat,
     is_idle,
     quote_json,
+    unquote_json,
 )
 from engine_view import NOTHING, EngineView, PastState, Row, Visible, status_of
 from farewells import Farewells
@@ -37,6 +38,7 @@ from fleet_events import (
     WENT_STALE,
     EventNotes,
     FleetEvents,
+    Note,
 )
 from fleet_events import FAREWELL as FAREWELL_EVENT
 from fleet_events import (
@@ -110,6 +112,12 @@ class _LifeEvent:
         self.throttle.record(example, engine_id, *further)
         self._notes.note(self._kind, engine_id)
 
+    def record_senders(self, engine_id: str, senders: tuple[bytes, bytes], *, begins: bool) -> None:
+        """Note that two sources send for one engine; it is an event only if this begins, and each time in the log."""
+        self.throttle.record("%r from %s and %s", engine_id, *senders)
+        if begins:
+            self._notes.note(self._kind, engine_id, detail="from {} and {}".format(*map(unquote_json, senders)))
+
 
 class _LifeLog:
     """What is told of the lives of engines. Noted under the store's lock; logged, and made events, without it."""
@@ -145,10 +153,11 @@ class _LifeLog:
         lines = [(event.level, event.throttle.take_due()) for event in self._by_kind.values()]
         return [(level, line) for level, line in lines if line is not None]
 
-    def tell(self, noted: Iterable[tuple[str, str, int | None, int]], events: FleetEvents) -> None:
+    def tell(self, noted: Iterable[Note], events: FleetEvents) -> None:
         """Make events of what was noted."""
-        for kind, engine_id, time_ms, count in noted:
-            events.record(kind, engine_id, self._by_kind[kind].what, time_ms=time_ms, count=count)
+        for kind, engine_id, time_ms, count, detail in noted:
+            what = self._by_kind[kind].what
+            events.record(kind, engine_id, f"{detail}: {what}" if detail else what, time_ms=time_ms, count=count)
 
 
 class _ChangeFeed:
@@ -402,9 +411,10 @@ class StateStore:
             engine.plain_source = source
         if boot is None and source != before and self._is_one_sender(source, before):
             return
+        conflict_until = engine.visible[4][4]
         if engine.note_sender(boot or source, now, self.freshness):
             self._conflicts[engine.quoted_id] = self.freshness.stale_at(now)
-            self._life_log.conflict.record("%r from %s and %s", engine.engine_id, before, source)
+            self._life_log.conflict.record_senders(engine.engine_id, (before, source), begins=conflict_until <= now)
 
     def _apply_late(self, engine: KnownEngine, texts: DatagramTexts, shown: Visible) -> str:
         """A late datagram; a load state that only heartbeats overtook is newer load than what is shown."""

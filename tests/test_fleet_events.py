@@ -125,9 +125,9 @@ class Notes(unittest.TestCase):
         notes.note(CAME_BACK, "x")
         taken = notes.take()
         self.assertEqual(len(taken), MAX_ALONE + 2)
-        self.assertEqual(taken[0], (APPEARED, "e0", 0, 1))
-        self.assertEqual(taken[MAX_ALONE], (APPEARED, f"e{MAX_ALONE}", MAX_ALONE, 1000 - MAX_ALONE))
-        self.assertEqual(taken[-1], (CAME_BACK, "x", None, 1))
+        self.assertEqual(taken[0], (APPEARED, "e0", 0, 1, ""))
+        self.assertEqual(taken[MAX_ALONE], (APPEARED, f"e{MAX_ALONE}", MAX_ALONE, 1000 - MAX_ALONE, ""))
+        self.assertEqual(taken[-1], (CAME_BACK, "x", None, 1, ""))
         self.assertEqual(notes.take(), [])
 
 
@@ -157,6 +157,29 @@ class Lives(unittest.TestCase):
         pass_time(7.0)
         told = [(event["event"], event["engine_id"]) for event in events.documents()]
         self.assertEqual(told, [("appeared", "a"), ("stale", "a"), ("live", "a"), ("removed", "a")])
+
+    def test_a_conflict_is_told_once_with_both_sources_however_long_it_lasts(self) -> None:
+        clock = FakeClock()
+        events = FleetEvents(clock=clock, wall_clock=clock)
+        store = StateStore(2000, 6000, 100, 3, events=events, clock=clock)
+
+        def conflicts() -> list[str]:
+            return [event["message"] for event in events.documents() if event["event"] == "conflict"]
+
+        def push_in_turn(times: int) -> None:
+            for number in range(times):
+                clock.move(0.2)
+                one = datagram(engine_id="a", timestamp_ms=int(clock() * 1000), pending_tokens_total=number)
+                store.apply(batch(clock(), 1.0, one, source=f"10.0.0.{number % 2 + 1}:5000"))
+                store.sweep()
+
+        push_in_turn(50)
+        (told,) = conflicts()
+        self.assertRegex(told, r"^from 10\.0\.0\.[12]:5000 and 10\.0\.0\.[12]:5000: several senders use one engine_id")
+        self.assertTrue("10.0.0.1:" in told and "10.0.0.2:" in told, told)
+        clock.move(2.5)  # nothing for longer than the threshold: it is over
+        push_in_turn(50)
+        self.assertEqual(len(conflicts()), 2)
 
 
 class InTheDaemon(unittest.TestCase):
