@@ -33,6 +33,7 @@ from state_watch import DATA_LINE, MAX_READERS, Watch, WatchReader
 DISTRIBUTION = "elrar-state-gateway"
 STATUS_PAGE = Path(__file__).parent / "status_page.html"
 _ALLOW = f"Allow: {', '.join(METHODS)}"
+_SCRIPT_TYPE = "text/javascript; charset=utf-8"
 SHARED_S = 0.01  # how old a snapshot may be that is given to several readers
 
 
@@ -52,25 +53,32 @@ def _read_status_page() -> bytes:
         raise
 
 
-def status_page() -> Answer:
-    """The status page, with a policy under which a browser runs its own script and style and nothing else."""
+def status_page() -> tuple[Answer, Answer]:
+    """The status page, with a policy under which a browser runs its own scripts and style and nothing else.
+
+    Its first script is the second answer: by itself it is the worker that feeds all tabs of a browser.
+    """
     try:
         page = _read_status_page()
     except OSError as error:
-        return error_answer(404, f"the status page is not there: {error}")
-    script, style = (
+        missing = error_answer(404, f"the status page is not there: {error}")
+        return missing, missing
+    scripts, styles = (
         re.findall(rb"<%b>(.*?)</%b>" % (element, element), page, flags=re.DOTALL) for element in (b"script", b"style")
     )
     sources = [
         " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in texts) or "'none'"
-        for texts in (script, style)
+        for texts in (scripts, styles)
     ]
     policy = (
-        f"default-src 'none'; script-src {sources[0]}; style-src {sources[1]}; connect-src 'self'; img-src data:;"
-        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+        f"default-src 'none'; script-src {sources[0]}; style-src {sources[1]}; worker-src 'self'; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        " require-trusted-types-for 'script'; trusted-types status-feed"
     )
     headers = (f"Content-Security-Policy: {policy}", "Referrer-Policy: no-referrer")
-    return Answer(200, page, "text/html; charset=utf-8", headers)
+    feed_headers = ("Content-Security-Policy: default-src 'none'; connect-src 'self'", "Referrer-Policy: no-referrer")
+    feed = Answer(200, scripts[0] if scripts else b"", _SCRIPT_TYPE, feed_headers)
+    return Answer(200, page, "text/html; charset=utf-8", headers), feed
 
 
 class Gateway(Protocol):
@@ -126,7 +134,7 @@ class Query:
         self._gateway = gateway
         self._watch = watch
         self._clock = clock
-        self._page = status_page()
+        self._page, self._feed = status_page()
         self._openapi_answer = json_answer(openapi_document(ROUTES, gateway.version))
         self._tail_cache = watch.tail_cache
         self._lasting: dict[str, tuple[Visible, bytes, int]] = {}  # of each engine, for as long as it shows that state
@@ -180,6 +188,9 @@ class Query:
 
     def _status_page(self, _: Question) -> Answer:
         return self._page
+
+    def _status_feed(self, _: Question) -> Answer:
+        return self._feed
 
     def _engines(self, question: Question) -> Answer:
         wanted = question.among("status", STATUSES)
@@ -316,10 +327,12 @@ class Query:
 
 _NO_SUCH_ENGINE = "no such engine; in a path its id is percent-encoded, as in http%3A%2F%2Fhost%3A8000"
 
-_HTML, _METRICS, _EVENTS = "text/html", "text/plain", "text/event-stream"
+_HTML, _METRICS, _EVENTS, _SCRIPT = "text/html", "text/plain", "text/event-stream", "text/javascript"
 
 ROUTES = (
     Route("/", Query._status_page, "the status page, for people", None, media_type=_HTML),
+    Route("/status-feed.js", Query._status_feed, "the status page's script that reads for all tabs of a browser",
+          media_type=_SCRIPT),
     Route("/engines", Query._engines, "every engine and how fresh its state is, or those that are asked for",
           ("engine_id", "status", "phase"), schema="Snapshot"),
     Route("/engines/<engine_id>", Query._one_engine, "one engine", schema="Entry"),

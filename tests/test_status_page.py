@@ -17,11 +17,13 @@ import subprocess
 import tempfile
 import unittest
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS
 from fleet_events import EVENT_KINDS
+from state_query import status_page
 from state_watch import MAX_READERS
 from tests.harness import DEADLINE_S, TOP, Daemon, again_and_again, daemon, datagram, free_port, heartbeat, wait_until
 
@@ -41,26 +43,34 @@ HOSTILE = [
 ]
 
 
+def elements(name: str) -> list[str]:
+    """The texts of the elements of that name that have no attributes."""
+    return re.findall(rf"<{name}>(.*?)</{name}>", PAGE, flags=re.DOTALL)
+
+
 def element(name: str) -> str:
-    """The text of the one element of that name that has no attributes; fails where it is not the only one."""
-    (text,) = re.findall(rf"<{name}>(.*?)</{name}>", PAGE, flags=re.DOTALL)
-    return str(text)
+    """All of them together."""
+    return "".join(elements(name))
 
 
 def markup() -> str:
-    """The page without the text of its script and style."""
-    return PAGE.replace(element("script"), "").replace(element("style"), "")
+    """The page without the text of its scripts and style."""
+    page = PAGE
+    for text in elements("script") + elements("style"):
+        page = page.replace(text, "")
+    return page
 
 
 class File(unittest.TestCase):
     """The file keeps what the policy that it is served with asks of it, and has every text in both languages."""
 
-    def test_one_script_and_one_style_without_attributes(self) -> None:
-        for name in ("script", "style"):
-            self.assertEqual(len(re.findall(rf"<{name}\b", PAGE)), 1)
-            self.assertEqual(PAGE.count(f"</{name}>"), 1)
-            self.assertGreater(len(element(name)), 1000)
-        self.assertTrue(element("script").startswith('\n"use strict";\n'))
+    def test_two_scripts_and_one_style_without_attributes(self) -> None:
+        for name, count in (("script", 2), ("style", 1)):
+            self.assertEqual(len(re.findall(rf"<{name}\b", PAGE)), count)
+            self.assertEqual(PAGE.count(f"</{name}>"), count)
+            self.assertTrue(all(len(text) > 1000 for text in elements(name)))
+        for script in elements("script"):
+            self.assertTrue(script.startswith('\n"use strict";\n'))
 
     def test_nothing_inline_that_the_policy_would_refuse(self) -> None:
         self.assertNotRegex(markup(), r"(?i)\son\w+\s*=")
@@ -84,8 +94,22 @@ class File(unittest.TestCase):
         asked = re.findall(r"""(?:\bask\(\s*|=> )["'`](\w+)(?:\?\w+=)?["'`]""", script)
         self.assertEqual(set(asked), {"engines", "history", "stats", "livez", "samples", "events"})
         begun = re.findall(r"(?:fetch|EventSource)\(([^,)]*)", script)
-        self.assertEqual(begun, ["PLACE + path", "`${PLACE}watch?min_interval_ms=${interval}`"])
-        self.assertRegex(script, r'const PLACE = .* \? "\./" : `\./')
+        self.assertEqual(begun, ["PLACE + path", "`${PLACE}watch?min_interval_ms=${this.pace.interval}`"])
+        self.assertEqual(len(re.findall(r"\bWorker\(|\bSharedWorker\(", script)), 1)
+        self.assertEqual(set(re.findall(r"createScriptURL: (.*?) }", script)), {'() => PLACE + "status-feed.js"'})
+        self.assertRegex(script, r"const PLACE = location\.origin \+ \(.*location\.pathname")
+
+    def test_the_feed_is_the_first_script_and_of_a_policy_as_strict(self) -> None:
+        page, feed = status_page()
+        self.assertEqual(feed.body.decode(), elements("script")[0])
+        for name in ("document.querySelector", "window", "STRINGS"):
+            self.assertNotIn(name, elements("script")[0], "a worker has none")
+        (policy,) = (line for line in feed.headers if line.startswith("Content-Security-Policy: "))
+        self.assertEqual(policy, "Content-Security-Policy: default-src 'none'; connect-src 'self'")
+        (policy,) = (line for line in page.headers if line.startswith("Content-Security-Policy: "))
+        self.assertIn("; worker-src 'self';", policy)
+        self.assertTrue(policy.endswith("; require-trusted-types-for 'script'; trusted-types status-feed"))
+        self.assertNotIn("unsafe", policy)
 
 
 class Strings(unittest.TestCase):
@@ -205,11 +229,25 @@ class Browser:
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
+    def command(self, name: str, **parameters: Any) -> Any:
+        """What a command of the browser's own protocol answers."""
+        return self._call("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
+
     def resize(self, width: int, height: int) -> None:
         """Make the view so large, below what a window can be."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": size}
-        self._call("POST", "/goog/cdp/execute", command)
+        self.command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+
+    def open_window(self) -> str:
+        """Open one more window of the same browser, have all that follows be in it, and return its name."""
+        handle: str = self._call("POST", "/window/new", {"type": "window"})["handle"]
+        self.use_window(handle)
+        return handle
+
+    def use_window(self, handle: str) -> None:
+        """Have all that follows be in this window."""
+        self._call("POST", "/window", {"handle": handle})
 
     def complaints(self) -> list[str]:
         """What the browser's console has said since the last time: errors, and what the policy refused."""
@@ -272,6 +310,15 @@ class InChromium(unittest.TestCase):
     def open(self, running: Daemon, fragment: str = "") -> None:
         self.browser.open("about:blank")
         self.browser.open(f"http://127.0.0.1:{running.http_port}/{fragment}")
+
+    @contextlib.contextmanager
+    def own_feed(self) -> Iterator[None]:
+        """Pages that are opened meanwhile are in a browser that has no shared workers."""
+        script = self.browser.command("Page.addScriptToEvaluateOnNewDocument", source="delete globalThis.SharedWorker")
+        try:
+            yield
+        finally:
+            self.browser.command("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
 
     def wait_text(self, selector: str, pattern: str) -> str:
         """Wait until the element's text matches, and return it."""
@@ -483,7 +530,7 @@ class InChromium(unittest.TestCase):
 
     def test_a_stream_that_comes_late_does_not_look_live(self) -> None:
         """Where the gateway has received what the stream has not brought, the stream is left, and asked for again."""
-        with self.gateway(STALE_THRESHOLD=20_000) as running:
+        with self.gateway(STALE_THRESHOLD=20_000) as running, self.own_feed():
             self.open(running)
             running.send(datagram(engine_id="good"))
             self.wait_text("#live", "^1$")
@@ -491,7 +538,7 @@ class InChromium(unittest.TestCase):
             self.browser.run("""
               const { stats } = samples.at(-1);
               const later = { valid_states: stats.valid_states + 1, last_received: stats.last_received + 60 };
-              takeStats({ ...stats, ...later }, clock());""")
+              ownFeed.judgePace({ ...stats, ...later }, stats);""")
             self.wait_text("#connection", "^Polling$")
             self.wait_cell("good", "status", "^live$")
             self.wait_text("#connection", "^Connected$")
@@ -502,7 +549,7 @@ class InChromium(unittest.TestCase):
             self.open(running)
             running.send(datagram(engine_id="good"))
             self.wait_cell("good", "status", "^live$")
-            self.browser.run("ticked[1] -= 300_000")
+            self.browser.run("ticking.ticked[1] -= 300_000")
             self.wait_cell("good", "age", "^5m$")
             self.wait_cell("good", "status", "^stale$")
             running.send(datagram(engine_id="good", timestamp_ms=1234567891))
@@ -545,6 +592,73 @@ class InChromium(unittest.TestCase):
             self.wait_text("#connection", "^Connected$")
             wait_until("the notice to go", lambda: "event stream" not in (self.browser.text("#notices") or ""))
 
+    def see_seven_windows(self, running: Daemon, *, without_workers: bool) -> list[str]:
+        """What each of seven windows of one browser says of its connection, once all show what was sent last."""
+        browser = Browser("en-US")
+        self.addCleanup(browser.close)
+        windows = []
+        for _ in range(7):
+            windows.append(browser.open_window())
+            if without_workers:
+                browser.command("Page.addScriptToEvaluateOnNewDocument", source="delete globalThis.SharedWorker")
+            browser.open(f"http://127.0.0.1:{running.http_port}/")
+        running.send(datagram(engine_id="a", timestamp_ms=2_000_000_000, pending_tokens_total=4711))
+        said = []
+        for handle in windows:
+            browser.use_window(handle)
+            wait_until("the last state", lambda: "4,711" in (browser.text("#rows td.pending") or ""))
+            self.assertEqual(browser.text("#live"), "1")
+            self.assertEqual(browser.run("return document.querySelector('#as-of').hidden"), True)
+            self.assertEqual(browser.run("return ownFeed !== null"), without_workers)
+            said.append(browser.text("#connection") or "")
+        self.assertEqual(browser.complaints(), [])
+        return said
+
+    def test_seven_windows_of_one_browser_share_one_stream(self) -> None:
+        """A browser has six connections a host; all windows show the same, and one reader is counted."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id="a", timestamp_ms=1_000_000_000))
+            said = self.see_seven_windows(running, without_workers=False)
+            self.assertEqual(said, ["Connected"] * 7)
+            self.assertEqual(running.stats()["watch"]["readers"], 1)
+
+    def test_seven_windows_work_without_shared_workers(self) -> None:
+        """Two of them stream, the others poll, and none says that it is disconnected."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id="a", timestamp_ms=1_000_000_000))
+            said = self.see_seven_windows(running, without_workers=True)
+            self.assertEqual(sorted(said), ["Connected"] * 2 + ["Polling"] * 5)
+
+    def test_a_worker_that_falls_silent_is_replaced(self) -> None:
+        """A page whose shared feed was ended, or is of another version, has a feed of its own."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running, pushing(running, 1, 0.2):
+            self.open(running)
+            self.wait_text("#connection", "^Connected$")
+            self.until("ownFeed === null")
+            self.browser.run(
+                "sharedPort.dispatchEvent(new MessageEvent('message', { data: { kind: 'hello', feed: 'x' } }))"
+            )
+            self.until("ownFeed !== null && ownFeed.link.streaming")
+            self.open(running)
+            self.until("ownFeed === null && engines.size === 1")
+            self.browser.run("sharedPort.postMessage(undefined)")  # so that it says nothing more to this page
+            self.browser.run("sayAwake = () => {}")
+            self.until("ownFeed !== null && ownFeed.link.streaming")
+            self.wait_text("#connection", "^Connected$")
+
+    def test_with_a_token(self) -> None:
+        """Where readers need a token, the shared feed has the one that the browser was given."""
+        with tempfile.TemporaryDirectory() as folder:
+            tokens = Path(folder, "tokens")
+            tokens.write_text("a-token-of-many-letters\n")
+            tokens.chmod(0o600)
+            with self.gateway(STALE_THRESHOLD=600_000, HTTP_TOKENS_FILE=tokens) as running:
+                running.send(datagram(engine_id="a"))
+                self.browser.open(f"http://x:a-token-of-many-letters@127.0.0.1:{running.http_port}/")
+                self.wait_text("#connection", "^Connected$")
+                self.wait_rows(1)
+                self.until("ownFeed === null && past.length > 0")
+
     def test_histories_that_cannot_be_read_are_no_secret(self) -> None:
         """A curve that is missing, in the table or in an engine's sheet, is missing with a word."""
         self.expected_complaints = "status of 404"
@@ -584,7 +698,8 @@ class InChromium(unittest.TestCase):
             self.browser.press(ESCAPE)
             self.browser.run("""
               const now = clock(), { entry } = engines.get("a");
-              heard({ ...entry, status: "unavailable", phase: "draining" }, now);""")
+              heard({ ...entry, status: "unavailable", phase: "draining" }, now);
+              render();""")
             self.wait_cell("a", "status", "^draining$")
             self.wait_text("#usable-note", "draining 1")
             self.wait_text("#usable", "^2 of 4$")
