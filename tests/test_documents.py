@@ -29,9 +29,23 @@ import table_room
 from config import PREFIX, SETTINGS, read_config
 from datagram_signature import SIGNATURE_REASONS
 from engine_state import FIELDS, REASONS
+from engine_table import EngineTable, Entry
 from fleet_events import EVENT_KINDS
 from openapi_document import PARAMETERS, openapi_document
-from tests.documents import TRANSLATED, anchors, blocks, code, english_pages, every_page, links, read, rows, table, twin
+from tests.documents import (
+    TRANSLATED,
+    anchors,
+    blocks,
+    code,
+    english_pages,
+    every_page,
+    links,
+    prose,
+    read,
+    rows,
+    table,
+    twin,
+)
 from tests.harness import (
     DEADLINE_S,
     TOP,
@@ -205,6 +219,11 @@ class Tables(unittest.TestCase):
         paths = openapi_document(state_query.ROUTES, "1.0")["paths"]
         events = [code(row[0])[0] for row in table("docs/http.md", "## Watching")]
         self.assertEqual(events, list(paths["/watch"]["get"]["x-events"]))
+
+    def test_the_page_names_what_a_table_of_engines_can_be_asked(self) -> None:
+        names = {name for of in (EngineTable, Entry) for name in vars(of) if not name.startswith("_")}
+        for page in ("docs/routers.md", "docs/routers.zh-CN.md"):
+            self.assertLessEqual(names, set(re.findall(r"\w+", " ".join(code(prose(page))))), page)
 
     def test_the_page_lists_every_status(self) -> None:
         shown = [row[0] for row in table("docs/http.md", "## Asking it", 2)]
