@@ -22,6 +22,8 @@ How several gateways are put together:
   and by 100 ms where the round trip is longer: the rest is added to its age.
 - Where two gateways show the same state, it is as old as the older evidence says, but for one round trip: a gateway
   that repeats an old state as new makes nothing younger. One that invents new states is believed, as any gateway is.
+- A state that an engine said before the one that another gateway shows is older than that, whenever it was received:
+  a gateway that was paused takes what waited in its socket for new, one state after another.
 - A farewell that one gateway was sent removes the engine, whatever another one knew before.
 - A gateway that has just been started knows nobody. What was known before stays until it is too old.
 
@@ -1557,7 +1559,9 @@ class EngineTable:
 
     @staticmethod
     def _bounded(entry: Entry, witnesses: list[Entry], now: float) -> Entry:
-        """An entry, no younger than what another gateway knows of the same state allows, but for a round trip."""
+        """An entry, no younger than what another gateway knows of the same state allows, but for a round trip; and older
+        than a state that the engine said later, such as one gateway knows while another takes what waited in a pause.
+        """
         shown_at = entry._shown_at
         for other in witnesses:
             limit = other._shown_at + entry._gateway.round_trip_s
@@ -1567,6 +1571,12 @@ class EngineTable:
                 and _state_of(other._fields) == _state_of(entry._fields)
             ):
                 shown_at = limit
+            elif other._shown_at <= entry._shown_at:
+                # By the engine's clock the other state is newer. If that clock was set back, the other gateway will
+                # hear of it with the next state; if it hears nothing any more, it says nothing of what is said now.
+                ahead_s = (other._fields["timestamp_ms"] - entry._fields["timestamp_ms"]) / 1000
+                if ahead_s > 0.0 and now - other._heard_at <= other._gateway.stale_s:
+                    shown_at = min(shown_at, other._shown_at - ahead_s)
         if shown_at == entry._shown_at:
             return entry
         is_sign = abs(entry._heard_at - entry._shown_at) <= SAME_SIGN_S  # it was heard from by this very state

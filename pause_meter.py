@@ -10,6 +10,8 @@ Silence in a pause is the gateway's own, not the engines'. Their datagrams waite
 dropped there. So nobody is called stale before what waited has been taken (`note_taken`) and SETTLE_S more have passed,
 in which every engine has pushed again. Until then staleness is judged as of the beginning of the pause (`judged_at`).
 Ages are never touched: they say how old a state is, whoever is to blame.
+Of each engine many states waited, and each looks new when it is taken. So readers are told of none before the last has
+been (`is_catching_up`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ logger = logging.getLogger("elrar.pause")
 
 PAUSED_AFTER_S = 1.0
 SETTLE_S = 0.5
+CATCH_UP_S = 1.0  # at most, in which what waited is not told to readers yet
 MAX_PAUSES = 64  # remembered
 
 
@@ -114,6 +117,11 @@ class PauseMeter:
                     self._settling = (began_at, resumed_at, self._clock())
             elif at >= caught_up_at + SETTLE_S:
                 self._settling = None
+
+    def is_catching_up(self, now: float) -> bool:
+        """Whether what waited during a pause is still being taken."""
+        settling = self._settling
+        return settling is not None and settling[2] is None and now - settling[1] < CATCH_UP_S
 
     def judged_at(self, now: float) -> float:
         """The moment as of which staleness is judged: `now`, or the beginning of a pause that has not settled yet."""

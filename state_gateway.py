@@ -95,7 +95,13 @@ class StateGateway:
             clock=clock,
             judged_at=clock.judged_at,
         )
-        self._watch = Watch(self._store, instance=self._start.instance, clock=clock, wall_clock=wall_clock)
+        self._watch = Watch(
+            self._store,
+            instance=self._start.instance,
+            is_catching_up=clock.is_catching_up,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
         self._access = ReaderAccess(load_tokens(config.http_tokens_file), config.allowed_origins, clock=clock)
         keys = load_keys(config.keys_file)
         self._signed = (

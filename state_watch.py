@@ -68,10 +68,13 @@ class Watch:
         store: StateStore,
         *,
         instance: str = "",
+        is_catching_up: Callable[[float], bool] = lambda now: False,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """`is_catching_up` says whether older states than the last are still being taken, after a pause."""
         self._store = store
+        self._is_catching_up = is_catching_up
         self._clock = clock
         self.tail_cache = TailCache()  # the query server's other answers use it too
         # Event ids are a number and the gateway's instance. The numbers grow over its restarts too, because none has a
@@ -135,7 +138,7 @@ class Watch:
     def collect(self) -> None:
         """Collect what changed since the last collection, and offer it to every reader."""
         now = self._clock()
-        if now >= self._collected_at + COLLECT_INTERVAL_S:
+        if now >= self._collected_at + COLLECT_INTERVAL_S and not self._is_catching_up(now):
             self._collect(now)
 
     def _collect(self, now: float) -> None:

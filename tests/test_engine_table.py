@@ -672,6 +672,31 @@ class SeveralGateways(TableCase):
         self.assertEqual(self.heard(table, b, "x", timestamp_ms=5).status, "stale")
         self.assertEqual(self.heard(table, b, "x", timestamp_ms=6).status, "live")
 
+    def test_a_state_does_not_take_the_place_of_one_that_was_said_later(self) -> None:
+        """A gateway that was paused takes what waited in its socket one by one, and each for new."""
+        a, b = self.gateway(), self.gateway()
+        table = self.table(a, b)
+        self.heard(table, a, "x", timestamp_ms=5000, pending_tokens_total=9)
+        self.clock.move(0.1)
+        for timestamp_ms, pending in ((1000, 2), (4000, 5), (4800, 8)):
+            entry = self.heard(table, b, "x", timestamp_ms=timestamp_ms, pending_tokens_total=pending)
+            self.assertEqual((entry.pending_tokens_total, entry.age_ms), (9, 100))
+        self.assertEqual(self.heard(table, b, "x", timestamp_ms=5200, pending_tokens_total=10).age_ms, 0)
+
+    def test_an_engine_whose_clock_was_set_back_is_shown_as_soon_as_both_have_heard_of_it(self) -> None:
+        """Or, if one of them hears nothing of it any more, once that one calls it stale."""
+        a, b = self.gateway(), self.gateway()
+        table = self.table(a, b)
+        for engine_id in ("x", "y"):
+            self.heard(table, a, engine_id, timestamp_ms=9000, pending_tokens_total=9)
+        self.clock.move(0.1)
+        set_back = {"timestamp_ms": 4000, "pending_tokens_total": 1}
+        self.heard(table, a, "x", **set_back)
+        self.assertEqual(self.heard(table, b, "x", **set_back).pending_tokens_total, 1)
+        self.assertEqual(self.heard(table, b, "y", **set_back).pending_tokens_total, 9)
+        self.clock.move(2.0)
+        self.assertEqual(self.heard(table, b, "y", **set_back).pending_tokens_total, 1)
+
     def test_a_gateway_that_is_not_there_is_no_witness(self) -> None:
         a, b = self.gateway(), self.gateway()
         table = self.table(a, b)

@@ -6,7 +6,7 @@ import threading
 import unittest
 from unittest import mock
 
-from pause_meter import MAX_PAUSES, PAUSED_AFTER_S, SETTLE_S, PauseMeter
+from pause_meter import CATCH_UP_S, MAX_PAUSES, PAUSED_AFTER_S, SETTLE_S, PauseMeter
 from tests.harness import FakeClock
 
 
@@ -151,6 +151,23 @@ class Judging(unittest.TestCase):
         self.assertEqual(self.judged_at(), self.clock.now)
         self.meter.note_taken(self.clock.now)
         self.assertEqual(self.judged_at(), self.clock.now)
+
+    def test_it_catches_up_until_what_waited_is_taken(self) -> None:
+        """Or for a second at most: readers do not wait for a gateway that never does."""
+        self.assertFalse(self.meter.is_catching_up(self.meter()))
+        with self.assertLogs("elrar.pause"):
+            before = self.pause(10)
+        self.meter.note_taken(before)
+        self.assertTrue(self.meter.is_catching_up(self.meter()))
+        self.run_for(0.01)
+        self.meter.note_taken(self.clock.now)
+        self.assertFalse(self.meter.is_catching_up(self.meter()))
+        self.run_for(1.0)
+        self.pause(10)
+        self.run_for(CATCH_UP_S - 0.01)
+        self.assertTrue(self.meter.is_catching_up(self.meter()))
+        self.run_for(0.02)
+        self.assertFalse(self.meter.is_catching_up(self.meter()))
 
     def test_pause_while_settling(self) -> None:
         """A pause before the last one has settled goes on from it."""

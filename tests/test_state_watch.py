@@ -110,8 +110,13 @@ class WatchCase(unittest.TestCase):
         self.clock = FakeClock()
         self.store = StateStore(2000, 6000, self.max_engines, 3, clock=self.clock)
         self.store.advance_watermark(self.clock())
+        self.is_catching_up = False
         self.watch = Watch(
-            self.store, instance="0123456789abcdef", clock=self.clock, wall_clock=lambda: 1_795_000_000.0
+            self.store,
+            instance="0123456789abcdef",
+            is_catching_up=lambda now: self.is_catching_up,
+            clock=self.clock,
+            wall_clock=lambda: 1_795_000_000.0,
         )
         self.gateway = AnyGateway()
         self.query = Query(self.store, self.gateway, self.watch)
@@ -190,6 +195,17 @@ class Order(WatchCase):
         shown = self.query.answer("/engines/a")
         self.assertEqual(event.data, json.loads(shown.body))  # type: ignore[union-attr]
         self.assertEqual(event.data["age_ms"], 750)
+
+    def test_what_waited_during_a_pause_is_told_only_as_of_its_end(self) -> None:
+        """Each of the states that waited in the socket looks new when it is taken; only the last one is."""
+        reader = self.watching()
+        self.is_catching_up = True
+        for pending in range(3):
+            self.push("a", pending_tokens_total=pending)
+            self.assertEqual(self.read(reader, 0.01), [])
+        self.is_catching_up = False
+        (event,) = self.read(reader, 0.01)
+        self.assertEqual(event.data["pending_tokens_total"], 2)
 
     def test_a_heartbeat_that_leaves_the_load_as_it_is_is_told_for_its_age(self) -> None:
         reader = self.watching()
