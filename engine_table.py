@@ -1559,8 +1559,9 @@ class EngineTable:
 
     @staticmethod
     def _bounded(entry: Entry, witnesses: list[Entry], now: float) -> Entry:
-        """An entry, no younger than what another gateway knows of the same state allows, but for a round trip; and older
-        than a state that the engine said later, such as one gateway knows while another takes what waited in a pause.
+        """An entry, no younger than what another gateway knows of the same state allows, but for a round trip.
+
+        It is older than a state that the engine said later, which one gateway knows while another takes what waited.
         """
         shown_at = entry._shown_at
         for other in witnesses:
