@@ -74,8 +74,11 @@ def table(name: str, heading: str, number: int = 0) -> list[list[str]]:
 
 
 def anchors(name: str) -> set[str]:
-    """What a link may name behind `#`: each heading as GitHub writes it, Chinese kept, its punctuation dropped."""
-    found: set[str] = set()
+    """What a link may name behind `#`: each heading as GitHub writes it, Chinese kept, its punctuation dropped.
+
+    And what a line of its own names, `<a id="stale"></a>`: the same in each language, whatever the heading below it is.
+    """
+    found: set[str] = set(re.findall(r'^<a id="([a-z-]+)"></a>$', prose(name), flags=re.MULTILINE))
     for title in re.findall(r"^#+ (.*)$", prose(name), flags=re.MULTILINE):
         shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).strip()
         slug = anchor = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
