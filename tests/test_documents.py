@@ -418,10 +418,15 @@ class Commands(unittest.TestCase):
                 self.assert_setting(*value.split("=", 1))
             elif flag == "-f":
                 self.assertTrue((TOP / value).exists(), value)
+            elif flag == "-k":
+                self.assertTrue((TOP / value / "kustomization.yaml").exists(), value)
             elif flag == "-p":
                 self.assertRegex(value, "^9999:9999/(udp|tcp)$")
             elif flag == "-v":
                 self.assertRegex(value, ":/data$")
+        for name in re.findall(r"\b(?:service|deployment)/(\S+)", " ".join(command)):
+            named = "".join(path.read_text(encoding="utf-8") for path in TOP.glob("config_examples/*.yaml"))
+            self.assertIn(f"\n  name: {name}\n", named)
         if command[1] == "run":
             self.assertEqual(command[-1], "elrar/state-gateway:latest")
 
