@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from boot_sequence import LATE, NEWER, REPEATED, RESTARTED, BootSequence
-from engine_state import BOOT, EXTRA, GONE, PHASE, SEQ, SERVING, DatagramTexts, unquote_json
-from engine_view import About, Visible
+from engine_state import BOOT, EXTRA, GONE, NOTHING_FURTHER, PHASE, SEQ, SERVING, DatagramTexts, unquote_json
+from engine_view import NOTHING, About, Visible
 from staleness import Freshness
 from state_record import History, Record, same_state, timestamp_ms
 
@@ -12,33 +12,38 @@ from state_record import History, Record, same_state, timestamp_ms
 CONFLICT_CHANGES = 3
 
 
-class _Senders:
-    """Who sent the last datagram of an engine, and how often that changed of late."""
+def _kept_phase(phase: bytes | None) -> bytes | None:
+    """A phase that most engines have is one object for all of them."""
+    return SERVING if phase == SERVING else phase
 
-    __slots__ = ("_changed_at", "_changes", "_sender")
 
-    def __init__(self, sender: bytes) -> None:
-        self._sender = sender  # a boot, or else a source
-        self._changes = 0  # in a row, each within the stale threshold of the one before
-        self._changed_at = float("-inf")  # monotonic s
+class _SenderChanges:
+    """How often the sender of an engine changed of late. Most engines have one sender for all their life, and none."""
 
-    def conflict(self, sender: bytes, now: float, freshness: Freshness) -> bool:
-        """Note who sent a datagram; returns whether several senders take turns, as of this datagram."""
-        if sender == self._sender:
-            return False
-        self._changes = self._changes + 1 if self._changed_at > freshness.live_since(now) else 1
-        self._changed_at = now
-        self._sender = sender
-        return self._changes >= CONFLICT_CHANGES
+    __slots__ = ("_at", "_in_a_row")
+
+    def __init__(self) -> None:
+        self._in_a_row = 0  # each within the stale threshold of the one before
+        self._at = float("-inf")  # of the last one, monotonic s
+
+    def conflict(self, now: float, freshness: Freshness) -> bool:
+        """Note one more; returns whether several senders take turns."""
+        self._in_a_row = self._in_a_row + 1 if self._at > freshness.live_since(now) else 1
+        self._at = now
+        return self._in_a_row >= CONFLICT_CHANGES
 
 
 class KnownEngine:
-    """What is held of one engine. Written under the store's lock only."""
+    """What is held of one engine. Written under the store's lock only.
+
+    With 10,000 engines intake finds each one's objects out of the processor's cache. So an engine has few of them: what
+    is the same for most engines is one object for all, and what few engines need is made when it is needed.
+    """
 
     __slots__ = (
-        "_senders",
+        "_sender",
+        "_sender_changes",
         "engine_id",
-        "has_further",
         "heard_at",
         "history",
         "last",
@@ -54,27 +59,46 @@ class KnownEngine:
         "visible",
     )
 
-    def __init__(self, quoted_id: bytes, visible: Visible, sender: bytes) -> None:
-        """The engine appears with a datagram that shows `visible`, of `sender`: a boot, or else a source."""
-        self.quoted_id = quoted_id
-        self.engine_id = unquote_json(quoted_id)
-        self.heard_at = float("-inf")  # when the last datagram was taken from it, monotonic s
+    def __init__(self, texts: DatagramTexts, visible: Visible) -> None:
+        """The engine appears with a datagram, which shows `visible`, and what it says besides."""
+        record, heartbeat, now, source, _ = visible
+        self.quoted_id: bytes = texts[0]
+        self.engine_id = unquote_json(self.quoted_id)
+        self.heard_at = now  # when the last datagram was taken from it, monotonic s
         self.visible = visible
         self.history = History()
         self.stale_logged = False
         # Order by timestamp_ms.
-        self.newest = visible[0]  # the datagram with the newest one since it last restarted
-        self.last = visible[0]  # the last datagram taken
-        self.load: Record | None = None  # the newest that is no heartbeat, since it last restarted or came back
+        self.newest = record  # the datagram with the newest one since it last restarted
+        self.last = record  # the last datagram taken
+        self.load = None if heartbeat else record  # the newest load state since it last restarted or came back
         # Order by seq, and all that datagrams of the first edition do not have.
-        self.has_further = False  # whether a datagram ever had more than the fields
-        self.last_further: tuple[bytes | None, bytes | None] = (None, None)  # phase and extra of the last one taken
+        self.last_further: tuple[bytes | None, bytes | None] = NOTHING_FURTHER[2:]  # of the last datagram taken
         self.sequence: BootSequence | None = None
         # Who sends for it: a boot, or a source.
-        self.source = visible[3]  # the last one that was heard
-        self.plain_source: bytes | None = visible[3]  # the same, None once a datagram had more than the fields
+        self.source = source  # the last one that was heard
+        self.plain_source: bytes | None = source  # the same, None once a datagram had more than the fields
         self.steady_boot: bytes | None = None  # the current boot, if the last datagram was of it
-        self._senders = _Senders(sender)
+        self._sender = source
+        self._sender_changes: _SenderChanges | None = None
+        if texts[EXTRA] is not None:
+            self._appear_with_further(texts, heartbeat, now)
+
+    def _appear_with_further(self, texts: DatagramTexts, heartbeat: bool, now: float) -> None:
+        boot = texts[BOOT]
+        if boot is not None:
+            seq = int(texts[SEQ])
+            self.sequence = BootSequence(boot, seq, now)
+            if not heartbeat:
+                self.sequence.note_load(seq)
+            self.steady_boot = self._sender = boot
+        self.note_further(texts)
+        self.show_about(self.about(texts))
+
+    @property
+    def has_further(self) -> bool:
+        """Whether a datagram ever had more than the fields."""
+        return self.plain_source is None
 
     @property
     def is_serving(self) -> bool:
@@ -85,14 +109,9 @@ class KnownEngine:
     def about(self, texts: DatagramTexts) -> About:
         """What is to be shown besides the state once this datagram is the newest."""
         _, _, restarts, _, conflict_until = self.visible[4]
-        sequence = self.sequence
-        return (
-            texts[PHASE],
-            texts[EXTRA] or b"",
-            restarts,
-            None if sequence is None else sequence.gap_states - sequence.late_states,
-            conflict_until,
-        )
+        lost = None if self.sequence is None else self.sequence.lost
+        about = _kept_phase(texts[PHASE]), texts[EXTRA] or b"", restarts, lost, conflict_until
+        return NOTHING if about == NOTHING else about
 
     def show_about(self, about: About) -> None:
         """Show something else besides the state."""
@@ -102,6 +121,14 @@ class KnownEngine:
         """Count a restart."""
         phase, extra, restarts, lost, conflict_until = self.visible[4]
         self.show_about((phase, extra, restarts + 1, lost, conflict_until))
+
+    def note_further(self, texts: DatagramTexts) -> None:
+        """Note the phase and the further fields of the last datagram taken."""
+        if texts[EXTRA] is not None:
+            self.plain_source = None
+            self.last_further = _kept_phase(texts[PHASE]), texts[EXTRA]
+        elif self.has_further:
+            self.last_further = NOTHING_FURTHER[2:]
 
     # -- order -------------------------------------------------------------------------------------------------------
 
@@ -120,8 +147,11 @@ class KnownEngine:
             or not sequence.advance(seq_text, now)
         ):
             return None
-        _, _, restarts, lost, conflict_until = self.visible[4]
-        return phase, extra, restarts, lost, conflict_until
+        about = self.visible[4]
+        was_phase, was_extra, restarts, lost, conflict_until = about
+        if phase == was_phase and extra == was_extra:
+            return about
+        return _kept_phase(phase), extra, restarts, lost, conflict_until
 
     def place(self, texts: DatagramTexts, record: Record, now: float, freshness: Freshness) -> str:
         """Where a datagram stands to those that were taken, and take its number; NEWER, RESTARTED, REPEATED or LATE."""
@@ -132,7 +162,7 @@ class KnownEngine:
         if self.sequence is not None:
             return self.sequence.place(boot, seq, now, freshness.live_since(now))
         self.sequence = BootSequence(boot, seq, now)
-        return NEWER if self.heard_at == float("-inf") else RESTARTED
+        return RESTARTED
 
     def _place_by_time(self, texts: DatagramTexts, record: Record, now: float, freshness: Freshness) -> str:
         behind_ms = timestamp_ms(self.newest) - timestamp_ms(record)
@@ -170,7 +200,12 @@ class KnownEngine:
     def note_sender(self, sender: bytes, now: float, freshness: Freshness) -> bool:
         """Note who sent a datagram; returns whether several senders use this engine_id, as of this datagram."""
         self.steady_boot = sender if self.sequence is not None and sender == self.sequence.boot else None
-        if not self._senders.conflict(sender, now, freshness):
+        if sender == self._sender:
+            return False
+        self._sender = sender
+        if self._sender_changes is None:
+            self._sender_changes = _SenderChanges()
+        if not self._sender_changes.conflict(now, freshness):
             return False
         phase, extra, restarts, lost, _ = self.visible[4]
         self.show_about((phase, extra, restarts, lost, freshness.stale_at(now)))

@@ -58,12 +58,14 @@ from known_engine import KnownEngine
 from log_throttle import LogThrottle
 from staleness import Freshness, age_ms, ages_ms
 from state_record import (
+    JOINED,
     LINE_END,
+    OVERHEAD,
     History,
     Record,
     decode_state,
-    encode_fields,
     encode_receipt,
+    encode_record,
     received_ms,
     says_nothing_new,
     with_receipt_of,
@@ -263,7 +265,7 @@ class StateStore:
             crowded = self._history_bytes > self._room.max_history_bytes
             for texts, source in zip(batch.states, batch.sources, strict=True):
                 quoted_id, stamp = texts[0], texts[1]
-                record = encode_fields(texts[1:last]) + receipt
+                record = encode_record(texts[1:last] + receipt)
                 heartbeat = texts[mark] == mark_text and is_heartbeat(texts)
                 engine = engines.get(quoted_id)
                 about = None
@@ -296,7 +298,11 @@ class StateStore:
                     engine.load = record
                 engine.visible = (record, heartbeat, now, source, about)
                 if history_limit:
-                    grown += engine.history.append(record, history_limit, crowded)
+                    history = engine.history
+                    history.append(record)
+                    grown += len(record) + OVERHEAD
+                    if crowded or len(history) >= JOINED:
+                        grown -= history.make_room(history_limit, crowded)
             self._history_bytes += grown
             self._counters.count(batch.received_s, outcomes, batch.invalid, batch.rejected_source)
             self._counters.add("ignored_fields", batch.ignored_fields)
@@ -306,30 +312,28 @@ class StateStore:
             self._version += 1
         return outcomes
 
-    def _apply_earlier(self, texts: DatagramTexts, source: bytes, now: float, receipt: bytes) -> str:
+    def _apply_earlier(self, texts: DatagramTexts, source: bytes, now: float, receipt: tuple[bytes]) -> str:
         """The outcome of a signed datagram of an earlier boot: late, also if that boot is not remembered here."""
         engine = self._engines.get(texts[0])
         if engine is None:
             return OUT_OF_ORDER
         if engine.sequence is not None and engine.sequence.knows(texts[BOOT]):
-            record = encode_fields(texts[1:BOOT]) + receipt
-            return self._apply_to(engine, texts, (record, is_heartbeat(texts), now, source, NOTHING))
+            record = encode_record(texts[1:BOOT] + receipt)
+            return self._apply_one(engine, texts, (record, is_heartbeat(texts), now, source, NOTHING))
         self._hear(engine, engine.heard_at, now)
         return OUT_OF_ORDER
 
     def _apply_one(self, engine: KnownEngine | None, texts: DatagramTexts, shown: Visible) -> str:
         """The outcome of any datagram; `shown` is what it would show."""
-        if engine is None:
-            appeared = self._appear(texts, shown)
-            return appeared if isinstance(appeared, str) else self._apply_to(appeared, texts, shown)
-        return self._apply_to(engine, texts, shown)
+        record, heartbeat, now, source, about = shown
+        if heartbeat and is_idle(texts):
+            shown = record, False, now, source, about
+        return self._appear(texts, shown) if engine is None else self._apply_to(engine, texts, shown)
 
     def _apply_to(self, engine: KnownEngine, texts: DatagramTexts, shown: Visible) -> str:
         """The outcome of a datagram of an engine that is in the table."""
         record, heartbeat, now, source, _ = shown
         phase, boot = texts[PHASE], texts[BOOT]
-        if heartbeat and is_idle(texts):
-            heartbeat = False
         was_heard_at = engine.heard_at
         place = engine.place(texts, record, now, self.freshness)
         self._count_lost(engine)
@@ -340,10 +344,8 @@ class StateStore:
         if place is REPEATED:
             return DUPLICATE
         self._note_sender(engine, boot, source, now)
-        if texts[EXTRA] is not None:
-            engine.has_further = True
-            engine.plain_source = None
-        engine.last, engine.last_further = record, texts[PHASE : EXTRA + 1]
+        engine.note_further(texts)
+        engine.last = record
         if place is LATE:
             return self._apply_late(engine, texts, (record, heartbeat, now, source, NOTHING))
         if place is RESTARTED:
@@ -357,35 +359,37 @@ class StateStore:
             engine.note_load(texts, record)
         elif (
             not shows_heartbeat
-            and was_heard_at > float("-inf")
             and shown_at > self.freshness.live_since(now)
             and not (place is RESTARTED and boot is not None)  # the load of an earlier life says nothing any more
         ):
             engine.show_about(about)
             return HEARTBEAT
-        if engine.has_further and was_heard_at > float("-inf") and says_nothing_new(record, shown_record):
+        if engine.has_further and says_nothing_new(record, shown_record):
             record = with_receipt_of(record, shown_record)
             engine.visible = (record, heartbeat, shown_at, engine.visible[3], about)
         else:
             self._show(engine, (record, heartbeat, now, source, about))
         return HEARTBEAT if heartbeat else ACCEPTED
 
-    def _appear(self, texts: DatagramTexts, shown: Visible) -> KnownEngine | str:
-        """A new engine, or the outcome of a datagram with which none appears."""
-        quoted_id, boot = texts[0], texts[BOOT]
-        now = shown[2]
-        seq = 0 if boot is None else int(texts[SEQ])
+    def _appear(self, texts: DatagramTexts, shown: Visible) -> str:
+        """The outcome of a datagram of an engine that is not in the table."""
+        quoted_id, now = texts[0], shown[2]
         is_farewell = texts[PHASE] == GONE
-        if self._farewells.overtook(quoted_id, boot, seq, int(texts[1]), now, is_farewell=is_farewell):
-            return OUT_OF_ORDER
+        if self._farewells:
+            boot = texts[BOOT]
+            seq = 0 if boot is None else int(texts[SEQ])
+            if self._farewells.overtook(quoted_id, boot, seq, int(texts[1]), now, is_farewell=is_farewell):
+                return OUT_OF_ORDER
         if is_farewell:
             return FAREWELL
         if not self._room.for_one_more(len(self._engines)):
             return REJECTED_CAPACITY
         self._farewells.forget(quoted_id)
-        engine = self._engines[quoted_id] = KnownEngine(quoted_id, shown, boot or shown[3])
+        engine = self._engines[quoted_id] = KnownEngine(texts, shown)
         self._life_log.appeared.record("%r", engine.engine_id)
-        return engine
+        self._hear(engine, now, now)
+        self._show(engine, engine.visible)
+        return HEARTBEAT if shown[1] else ACCEPTED
 
     def _count_lost(self, engine: KnownEngine) -> None:
         """Count the gaps and the late ones that an engine's numbers showed since the last time."""
@@ -439,7 +443,7 @@ class StateStore:
         engine.visible = visible
         if self._history:
             crowded = self._history_bytes > self._room.max_history_bytes
-            self._history_bytes += engine.history.append(visible[0], self._history, crowded)
+            self._history_bytes += engine.history.add(visible[0], self._history, crowded)
 
     def advance_watermark(self, at: float) -> None:
         """Say that everything that had arrived by `at` (monotonic, s) has been taken; the listener does.

@@ -29,7 +29,7 @@ from engine_state import (
 )
 from sockets import open_udp_sockets
 from state_log import StateLog
-from state_record import decode_record, decode_state, encode_fields, encode_receipt, same_state
+from state_record import decode_record, decode_state, encode_receipt, encode_record, same_state
 from state_store import StateStore
 from tests.harness import CAPTURED, PLACEHOLDERS, datagram, fields, heartbeat, logged_states
 from tests.test_engine_state import INVALID, VALID
@@ -174,8 +174,8 @@ class Fuzz(unittest.TestCase):
                 numbered += usual[SEQ] is not None
                 if usual[BOOT:] != whole.further or whole.passed_over:
                     self.fail(f"datagram {number} is recognised as {usual} and parsed as {whole}: {one!r}")
-                held = encode_fields(usual[1:BOOT]) + encode_receipt(1.795e9)
-                held_parsed = encode_fields(parsed[1:]) + encode_receipt(1.8e9)
+                held = encode_record(usual[1:BOOT] + encode_receipt(1.795e9))
+                held_parsed = encode_record(parsed[1:] + encode_receipt(1.8e9))
                 if (
                     datagram_json(usual) != one
                     or {name: json.loads(one)[name] for name in FIELD_NAMES} != state.as_dict()
@@ -211,7 +211,7 @@ class Fuzz(unittest.TestCase):
             fields = state.texts()
             if not is_exactly_valid(state) or json.loads(b"{%b}" % (FIELDS_JSON % fields)) != state.as_dict():
                 self.fail(f"datagram {number}: {state} from {one!r}")
-            held = encode_fields(fields[1:]) + encode_receipt(1.795e9)
+            held = encode_record(fields[1:] + encode_receipt(1.795e9))
             if (
                 repr(decode_state(state.engine_id, held)) != repr(state)
                 or tuple(decode_record(held)[:-1]) != fields[1:]

@@ -9,8 +9,8 @@ from state_record import (
     History,
     decode_record,
     decode_state,
-    encode_fields,
     encode_receipt,
+    encode_record,
     received_ms,
     same_state,
     timestamp_ms,
@@ -22,7 +22,7 @@ RECEIVED_S = 1_755_532_567.5
 
 
 def record_of(one: bytes) -> bytes:
-    return encode_fields(parse_datagram(one).texts()[1:]) + encode_receipt(RECEIVED_S)
+    return encode_record(parse_datagram(one).texts()[1:] + encode_receipt(RECEIVED_S))
 
 
 class Records(unittest.TestCase):
@@ -57,7 +57,7 @@ class Histories(unittest.TestCase):
         for limit in (1, 7, 8, 9, 100):
             history, nbytes = History(), 0
             for number, record in enumerate(records, 1):
-                nbytes += history.append(record, limit, False)
+                nbytes += history.add(record, limit, False)
                 self.assertEqual(nbytes, history.nbytes)
                 kept = history.records()
                 self.assertEqual(kept, records[number - len(kept) : number])
@@ -67,9 +67,9 @@ class Histories(unittest.TestCase):
     def test_a_crowded_one_shrinks_to_its_newest_record(self) -> None:
         records = self.records(200)
         history = History()
-        nbytes = sum(history.append(record, 100, False) for record in records[:100])
+        nbytes = sum(history.add(record, 100, False) for record in records[:100])
         for number, record in enumerate(records[100:], 101):
-            nbytes += history.append(record, 100, True)
+            nbytes += history.add(record, 100, True)
             self.assertEqual((nbytes, history.records()[-1]), (history.nbytes, record))
             kept = history.records()
             self.assertEqual(kept, records[number - len(kept) : number])
@@ -79,10 +79,10 @@ class Histories(unittest.TestCase):
         records = self.records(30)
         history = History()
         for record in records:
-            history.append(record, 100, False)
+            history.add(record, 100, False)
         copy = history.copy()
         for record in records:
-            history.append(record, 1, True)
+            history.add(record, 1, True)
         self.assertEqual(copy.records(), records)
 
 
