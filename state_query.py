@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import state_metrics as metrics
 from engine_state import SERVING, quote_json
 from engine_view import Visible
-from fleet_summary import fleet_document
 from http_message import METHODS, Answer, QueryError, Request, StreamsFull, error_answer, json_answer
 from openapi_document import openapi_document
 from query_route import MAX_INTERVAL_MS, Question, Route, decode, listed, parse_query
@@ -238,7 +237,7 @@ class Query:
         """
         head = self._gateway.snapshot_header()
         now, rows = self._store.snapshot_of(engine_ids) if engine_ids else self._store.snapshot()
-        fleet = self._store.fleet() if engine_ids else fleet_document(now, rows, self._store.freshness)
+        fleet = self._store.fleet() if engine_ids else self._store.fleet_of(now, rows)
         tails, lasting = EntryTails(now, self._store.freshness, self._tail_cache), self._lasting
         pieces = [b""]
         for engine_id, quoted_id, visible, heard_at in rows:

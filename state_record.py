@@ -12,7 +12,8 @@ Nothing outside this module looks into a record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from engine_state import FIELD_NAMES, FIELDS, EngineState
 
@@ -62,15 +63,11 @@ JOINED = 8  # records in one object of a history
 OVERHEAD = 48  # bytes of memory of an object besides its characters
 
 
-# Where columns_of has the fields of which the fleet's sum means something, and the scheduling_mode.
-SUMMED_COLUMNS = tuple((at - 1, field) for at, field in enumerate(FIELDS) if field.summed)
-MODE_COLUMN = FIELD_NAMES.index("scheduling_mode") - 1
-
-
-def columns_of(records: Sequence[Record]) -> list[list[bytes]]:
-    """The texts of many records, field by field: a list for each line of a record."""
+def decode_columns(records: Sequence[Record], names: Iterable[str]) -> list[list[Any]]:
+    """The values of some fields of many records: a list for each field; `engine_id` is not in a record."""
     lines = b"\n".join(records).split(b"\n") if records else []
-    return [lines[at::_LINES] for at in range(_LINES)]
+    places = [FIELD_NAMES.index(name) - 1 for name in names]
+    return [list(map(_DECODERS[place], lines[place::_LINES])) for place in places]
 
 
 _LOAD = tuple(at - 1 for at, field in enumerate(FIELDS) if field.placeholder is not None)

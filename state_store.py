@@ -44,7 +44,7 @@ from fleet_events import FAREWELL as FAREWELL_EVENT
 from fleet_events import (
     RESTARTED as RESTARTED_EVENT,
 )
-from fleet_summary import fleet_document
+from fleet_summary import FleetSummary
 from gateway_counters import (
     ACCEPTED,
     DUPLICATE,
@@ -234,6 +234,7 @@ class StateStore:
         """
         self._events = FleetEvents(clock=clock) if events is None else events
         self.freshness = Freshness(stale_threshold_ms, expire_after_ms, judged_at)
+        self._summary = FleetSummary(self.freshness)
         self._room = TableRoom(max_engines)
         self._history = history
         self._is_one_sender = is_one_sender
@@ -514,8 +515,15 @@ class StateStore:
 
     def fleet(self) -> dict[str, Any]:
         """What all engines are together, as /engines and /stats have it."""
-        now, rows = self.snapshot()
-        return fleet_document(now, rows, self.freshness)
+        engines = self._all()
+        now = self._clock()
+        # In this order: see _rows.
+        visibles = [engine.visible for engine in engines]
+        return self._summary.document(now, visibles, [engine.heard_at for engine in engines])
+
+    def fleet_of(self, now: float, rows: Sequence[Row]) -> dict[str, Any]:
+        """The same of a snapshot."""
+        return self._summary.document(now, [row[2] for row in rows], [row[3] for row in rows])
 
     def views(self) -> list[EngineView]:
         """Every engine, in the order in which they appeared. The lock is held for one list copy only."""
