@@ -1,7 +1,7 @@
 """The pages that people read, as the tests read them: their blocks, tables, links and anchors.
 
-Every Markdown file at the top and in docs/ is a page: a new one is executed, and its links are followed, without a line
-here. `TRANSLATED` are those that have to be there in Chinese, too.
+Those at the top are named here, because a folder may have other files of its user's; every Markdown file in docs/ is a
+page, is executed, and has its links followed, without a line here. `TRANSLATED` have to be there in Chinese, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from tests.harness import TOP
 
+AT_THE_TOP = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "README.zh-CN.md", "SECURITY.md")
 TRANSLATED = (
     "README.md",
     "docs/deploy.md",
@@ -27,8 +28,7 @@ TRANSLATED = (
 
 def every_page() -> list[str]:
     """Every page there is, as a path from the top."""
-    found = [*TOP.glob("*.md"), *TOP.glob("docs/*.md")]
-    return sorted(path.relative_to(TOP).as_posix() for path in found)
+    return sorted([*AT_THE_TOP, *(f"docs/{path.name}" for path in TOP.glob("docs/*.md"))])
 
 
 def english_pages() -> list[str]:

@@ -48,6 +48,7 @@ from tests.documents import (
 )
 from tests.harness import (
     DEADLINE_S,
+    GUIDE_EXAMPLE,
     TOP,
     Daemon,
     clean_environment,
@@ -83,6 +84,7 @@ RUN_ELSEWHERE = {  # by other tests, or by .ci/container and .ci/kubernetes
     "python3 -m unittest",
     "./start_gateway_unicast.sh",
     "pkill -f gateway.py",
+    f"echo '{json.dumps(GUIDE_EXAMPLE, separators=(',', ':'))}' | nc -u localhost 9999",  # in test_operators_guide.py
     "python3 benchmarks/bench.py",
     ".ci/run",
     "python3 gateway_archive.py",
