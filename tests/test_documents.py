@@ -70,7 +70,7 @@ FIELD_TABLES = {  # of docs/http.md, and the schemas of which they have the memb
 }
 LISTED = ("sums", "invalid_reasons", "signature_reasons")  # whose members stand in their row
 LIMITS = {"README.md": (180, 11_000), "README.zh-CN.md": (200, 13_000)}  # lines and bytes: one sitting
-TOOLS = ("nc", "curl", "ss", "grep", "tail")
+TOOLS = ("nc", "curl", "ss", "grep", "tail", "jq")
 ENGINE_AGENT = (  # in tests/test_engine_agent_command.py and .ci/engines
     "--replay engine_states.jsonl --speed 10",
     "--install-plugin /opt/elrar",
@@ -448,7 +448,7 @@ class Commands(unittest.TestCase):
 
     def test_every_python_example_has_its_test_here(self) -> None:
         examples = {page: len(self.python(page)) for page in english_pages() if self.python(page)}
-        self.assertEqual(examples, {"README.md": 1, "docs/engines.md": 1, "docs/routers.md": 3})
+        self.assertEqual(examples, {"README.md": 1, "docs/engines.md": 1, "docs/routers.md": 3, "docs/state-log.md": 1})
 
     def test_the_first_example_runs(self) -> None:
         (program,) = self.python("README.md")
@@ -508,6 +508,30 @@ class Commands(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout), (0, "0 of 0 engines are live\n0 datagrams received\n"))
         warning = rf"^every state is logged, .* up to 1100 MiB file={self.folder}/engine_states\.jsonl\n$"
         self.assertRegex(without_buffer_warning(done.stderr), warning)
+
+    def test_the_logs_example_finds_the_longest_silence(self) -> None:
+        """In a real log, in one with a torn line, and over files in their order."""
+        (program,) = [text for language, text in blocks("docs/state-log.md") if language == "python"]
+        with daemon(self.folder, BIND_ADDRESS="127.0.0.1") as running:
+            running.send(datagram(engine_id="real"))
+            running.wait_received(1)
+            self.assertEqual(running.stop(), 0)
+        logged = (self.folder / "engine_states.jsonl").read_text()
+        (real,) = [json.loads(line) for line in logged.splitlines() if '"state"' in line]
+        for name, times in (("old.jsonl", (100.0, 101.5)), ("new.jsonl", (104.25, 104.5))):
+            entries = [{**real, "timestamp": at, "state": {**real["state"], "engine_id": "silent"}} for at in times]
+            (self.folder / name).write_text("".join(json.dumps(one) + "\n" for one in entries) + '{"timestamp": 1\n')
+        done = subprocess.run(
+            [sys.executable, "-c", program, "engine_states.jsonl", "old.jsonl", "new.jsonl"],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=DEADLINE_S,
+        )
+        silent, other = done.stdout.splitlines()
+        self.assertEqual(silent, "   2.750 s until 104.250  silent")
+        self.assertRegex(other, r"^   0\.000 s until \d+\.\d{3}  real$")
 
     def test_the_log_line_is_as_shown(self) -> None:
         (shown,) = [text for language, text in blocks("docs/state-log.md") if language == "json"]
