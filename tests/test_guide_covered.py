@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "UDP 广播模式（向后兼容）": (ENGINES, "网络模式", ("──UDP broadcast──",)),
     "工作原理": (DESIGN, "代码布局", ("套接字 -> 解析 -> 存储 -> 日志和查询",)),
     "初始化阶段": (DESIGN, "代码布局", ("`sockets.py`", "点播")),
-    "监听阶段": (DESIGN, "代码布局", ("`udp-listener`",)),
+    "监听阶段": (DESIGN, "线程和锁", ("`udp-listener`",)),
     "状态处理阶段": (ENGINES, "一个数据报的结局", ("`invalid_states`", "accepted")),
     "状态管理阶段": (HTTP, "新鲜、陈旧、消失", ("STALE_THRESHOLD", "EXPIRE_AFTER", "被移除")),
     "性能特点": (PERFORMANCE, "有多快", ("个/秒",)),
