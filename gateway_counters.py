@@ -69,7 +69,7 @@ OUTCOMES = (
         "unchanged", True, True,
     ),
     Outcome(
-        HEARTBEAT, "heartbeats", "all five load fields are placeholders", "only where no fresh load state is there",
+        HEARTBEAT, "heartbeats", "all five load fields are placeholders", "only if no fresh load state is there",
         True, True,
     ),
     Outcome(ACCEPTED, None, "everything else", "replaces what was there", True, True),
