@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from boot_sequence import BootSequence
+from boot_sequence import MAX_GAP, BootSequence
 from staleness import Freshness, age_ms
 
 
@@ -46,6 +46,19 @@ class Farewells:
             return seq < farewell.sequence.highest
         # An earlier boot, as while the engine was there.
         return farewell.sequence.knows(boot) and self._freshness.is_live(age_ms(now, farewell.at))
+
+    def place(self, quoted_id: bytes, boot: bytes | None, seq: int, now: float) -> tuple[int, int]:
+        """Note a further number of the boot that said farewell, such as the farewell's repetition.
+
+        Returns how many numbers were passed over, and how many of those came after all, as BootSequence counts them.
+        """
+        farewell = self._farewells.get(quoted_id)
+        if farewell is None or farewell.sequence is None or boot != farewell.sequence.boot:
+            return 0, 0
+        if seq > farewell.sequence.highest + MAX_GAP:
+            return 0, 0  # nonsense, and a lower one is not to be overtaken by it
+        farewell.sequence.place(boot, seq, now, now)
+        return farewell.sequence.uncounted_losses()
 
     def forget(self, quoted_id: bytes) -> None:
         """The engine speaks again."""

@@ -337,7 +337,7 @@ class StateStore:
         phase, boot = texts[PHASE], texts[BOOT]
         was_heard_at = engine.heard_at
         place = engine.place(texts, record, now, self.freshness)
-        self._count_lost(engine)
+        self._count_lost(*engine.uncounted_losses())
         if phase == GONE and (place is NEWER or place is RESTARTED):
             self._part(engine, texts, now)
             return FAREWELL
@@ -379,8 +379,10 @@ class StateStore:
         if self._farewells:
             boot = texts[BOOT]
             seq = 0 if boot is None else int(texts[SEQ])
-            if self._farewells.overtook(quoted_id, boot, seq, int(texts[1]), now, is_farewell=is_farewell):
-                return OUT_OF_ORDER
+            overtaken = self._farewells.overtook(quoted_id, boot, seq, int(texts[1]), now, is_farewell=is_farewell)
+            if overtaken or is_farewell:
+                self._count_lost(*self._farewells.place(quoted_id, boot, seq, now))
+                return OUT_OF_ORDER if overtaken else FAREWELL
         if is_farewell:
             return FAREWELL
         if not self._room.for_one_more(len(self._engines)):
@@ -392,9 +394,8 @@ class StateStore:
         self._show(engine, engine.visible)
         return HEARTBEAT if shown[1] else ACCEPTED
 
-    def _count_lost(self, engine: KnownEngine) -> None:
+    def _count_lost(self, gap_states: int, late_states: int) -> None:
         """Count the gaps and the late ones that an engine's numbers showed since the last time."""
-        gap_states, late_states = engine.uncounted_losses()
         if gap_states:
             self._counters.add("sequence_gap_states", gap_states)
         if late_states:
