@@ -55,7 +55,8 @@ def cannot_listen(protocol: str, address: str, port: int, error: OSError) -> str
         return (
             f"{problem}; another process has the port, perhaps another gateway: see which with"
             f" `ss -l{flag}np 'sport = :{port}'` or `lsof -i :{port}` as root, stop it, or set another {variable}."
-            " Where another process of the same router runs the gateway, that one can be read over HTTP at /engines"
+            " If it is a gateway, no second one is needed on this host: get_state_gateway() in a router follows it, and"
+            " engine_table.py, or a GET of /engines, reads it"
         )
     if error.errno == errno.EADDRNOTAVAIL:
         return (

@@ -196,7 +196,7 @@ class Reader:
             return f"is {entry.status}"
         if age_s > silent_s + margin_s:
             return f"is shown {entry.age_ms} ms old by {entry.gateway}, and spoke {1000 * silent_s:.0f} ms ago"
-        if entry.pending_tokens_total < number - (0 if must_be_known else 1):
+        if entry.pending_tokens_total < number - (0 if must_be_known else 1 + int(margin_s / PUSH_S)):
             return f"is shown as of {entry.pending_tokens_total} by {entry.gateway}, and said {number}"
         # Never younger than it is: what a look shows was said at that time, or after the notes were read.
         if age_s + margin_s < began - last and entry.pending_tokens_total <= number:
