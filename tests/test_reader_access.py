@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import os
 import signal
@@ -14,7 +15,8 @@ from pathlib import Path
 from config import ConfigError
 from http_message import Request
 from reader_access import GUESSES_S, MAX_GUESSERS, MAX_GUESSES, ReaderAccess, TokensError, load_tokens, read_tokens
-from tests.harness import Daemon, FakeClock, daemon, wait_until
+from tests.harness import Daemon, FakeClock, daemon, datagram, wait_until
+from tests.test_status_page import Browser, why_no_browser
 
 TOKEN = b"a-right-token-of-28-letters!"
 OTHER = b"#".join((b"another-right-token", b"with-everything!\"$%&'()*+,-./:;<=>?@[\\]^_`{|}~"))
@@ -229,6 +231,35 @@ class Process(unittest.TestCase):
         self.addCleanup(running.close)
         self.assertEqual(running.wait_exit(), 2)
         self.assertRegex("".join(running.lines), "HTTP_TOKENS_FILE=.* line 1: .* this one has 5")
+
+
+@unittest.skipIf(why_no_browser(), why_no_browser())
+class InABrowser(unittest.TestCase):
+    """A token as the password of Basic opens the page in a real browser, and all that the page asks for itself."""
+
+    def test_the_page_and_its_events(self) -> None:
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            path = folder / "tokens"
+            path.write_bytes(TOKEN)
+            path.chmod(0o600)
+            settings: dict[str, object] = {"HTTP_TOKENS_FILE": path, "BIND_ADDRESS": "127.0.0.1", "ENABLE_LOG": "false"}
+            running = stack.enter_context(daemon(folder, **settings))
+            browser = stack.enter_context(contextlib.closing(Browser("en-US")))
+            running.send(datagram(engine_id="before"))
+            browser.open(f"http://127.0.0.1:{running.http_port}/")
+            self.assertNotIn("before", browser.text("body") or "")
+            browser.open(f"http://anybody:{TOKEN.decode()}@127.0.0.1:{running.http_port}/")
+            wait_until("the engine to be shown", lambda: "before" in (browser.text("body") or ""))
+            running.send(datagram(engine_id="after"))  # by /watch
+            wait_until("the other one to be shown", lambda: "after" in (browser.text("body") or ""))
+            # What a page of somebody's own does, of the same origin.
+            events = """
+                window.heard = [];
+                new EventSource("/watch").addEventListener("snapshot", (event) => window.heard.push(event.data.length));
+            """
+            browser.run(events)
+            wait_until("its events", lambda: browser.run("return window.heard.length"))
 
 
 if __name__ == "__main__":
