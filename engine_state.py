@@ -396,20 +396,40 @@ _AGENT_S = (
     rb', "model": (?:' + _ASCII_TEXT % b"256" + rb"|null)"
     rb', "num_requests_running": ' + _COUNT_OR_NULL + rb', "num_requests_waiting": ' + _COUNT_OR_NULL +
     rb'(?:, "dp_rank": ' + _COUNT_OR_NULL + rb')?(?:, "role": "[a-z_]{1,32}")?'
-    rb', "engine": ' + _ASCII_TEXT % b"64" + rb', "agent": ' + _ASCII_TEXT % b"64" + rb")"
+    rb', "engine": ' + _ASCII_TEXT % b"64" + rb', "agent": ' + _ASCII_TEXT % b"64" + rb"%b)"
     rb'(?:, "sig": "[A-Za-z0-9_-]{1,32}:[0-9a-f]{32}")?'
 )  # fmt: skip
-_CANONICAL = re.compile(
-    rb"\{"
-    + b", ".join(b'"%b": (%b)' % (field.name.encode(), field.canonical) for field in FIELDS)
-    + rb"(?:\}|%b\})" % _AGENT_S
-)
+_EIGHT = rb"\{" + b", ".join(b'"%b": (%b)' % (field.name.encode(), field.canonical) for field in FIELDS)
+_CANONICAL = re.compile(_EIGHT + rb"(?:\}|%b\})" % (_AGENT_S % b""))
+
+# The same with labels that an operator gave the agent behind it, up to 8. Any name can be among them, so that they are
+# looked at once more; a pattern of its own, so that others pay nothing for it.
+_LABEL = rb', "(?!sig")([a-z][a-z0-9_]{0,63})": "[ !#-\[\]-~]{0,256}"'
+_LABELLED = re.compile(_EIGHT + rb"%b\}" % (_AGENT_S % (b"((?:%b){1,8})" % _LABEL.replace(b"([", b"(?:["))))
+_label_names = re.compile(_LABEL).findall
+_CANONICAL_NAMES = frozenset(re.findall(rb'"([a-z_]+)": ', _EIGHT + _AGENT_S))
 
 
 def match_canonical(datagram: bytes) -> DatagramTexts | None:
     """The texts of a canonical datagram, or None if it is not one: it may still be valid."""
     match = _CANONICAL.fullmatch(datagram)
     return match and match.groups()
+
+
+def match_labelled(datagram: bytes) -> DatagramTexts | None:
+    """The texts of a datagram that is canonical but for labels behind it, or None if it is not one."""
+    if b', "agent": "' not in datagram:
+        return None
+    match = _LABELLED.fullmatch(datagram)
+    if match is None:
+        return None
+    # A label is none of the names of the eight and of the agent's: those are left to the parser.
+    *texts, extra, labels = match.groups()
+    names = _label_names(labels)
+    distinct = set(names)
+    if len(distinct) < len(names) or not _CANONICAL_NAMES.isdisjoint(distinct) or len(extra) > MAX_EXTRA_BYTES:
+        return None
+    return (*texts, extra)
 
 
 def match_all_canonical(datagrams: Sequence[bytes]) -> list[DatagramTexts | None]:

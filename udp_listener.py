@@ -21,6 +21,7 @@ from engine_state import (
     InvalidDatagram,
     datagram_json,
     match_all_canonical,
+    match_labelled,
     parse,
     quote_json,
     unquote_json,
@@ -313,7 +314,7 @@ class UdpListener:
         states, texts, valid_sources = [], [], []
         debug = logger.isEnabledFor(logging.DEBUG)
         for canonical, datagram, source in zip(matched, datagrams, sources, strict=True):
-            state, text = canonical, datagram
+            state, text = canonical or match_labelled(datagram), datagram
             if state is None:
                 try:
                     parsed = parse(datagram)

@@ -43,7 +43,7 @@ from engine_agent import (
     SettingsError,
     read_settings,
 )
-from engine_state import match_canonical, parse_datagram
+from engine_state import match_canonical, match_labelled, parse_datagram
 from tests.harness import FakeClock
 
 BUSY = Load(12.5, "balanced", 700, 3000, 4095, 5000.0, 8, 16)
@@ -107,6 +107,11 @@ class Datagrams(unittest.TestCase):
         datagram = DatagramWriter("http://10.0.0.1:8000").write(SERVING, 1795665225283, BUSY)
         eight = datagram[: datagram.index(b', "boot"')] + b"}"
         self.assertIsNotNone(match_canonical(eight))
+
+    def test_labels_are_what_the_gateway_reads_fast(self) -> None:
+        for key in (None, Key("k-1", b"k" * 16)):
+            writer = DatagramWriter("a", model="m", labels={"role": "both", "zone": "eu-1a", "team": "a b"}, key=key)
+            self.assertIsNotNone(match_labelled(writer.write(SERVING, 1, BUSY)))
 
     def test_seq_counts_every_datagram_and_a_new_life_begins_anew(self) -> None:
         writer = DatagramWriter("a")

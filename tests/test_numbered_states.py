@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from engine_agent import DatagramWriter, Load
-from engine_state import NOTHING_FURTHER, match_canonical, parse
+from engine_state import NOTHING_FURTHER, match_canonical, match_labelled, parse
 from engine_view import EngineView
 from known_engine import KnownEngine
 from state_entry import entry
@@ -635,6 +635,34 @@ class FurtherFields(unittest.TestCase):
         for between in ({"dp_rank": 3}, {"role": "prefill"}, {"dp_rank": 0, "role": "both"}):
             self.assertIsNotNone(match_canonical(datagram(**role, **between, engine=engine, agent=name)), between)
         self.assertIsNotNone(match_canonical(datagram(**{**AGENT, "model": None, "num_requests_running": None})))
+
+    def test_labels_behind_an_agent_s_datagram_are_read_fast(self) -> None:
+        """And what is read fast is what the parser reads; names that are taken, or there twice, are the parser's."""
+        chance = random.Random(14)
+        names = ["zone", "pool", "team", "a", "x" * 64, "z9_"]
+        names += ["engine_id", "boot", "seq", "phase", "sig", "model", "role", "dp_rank", "agent", "engine_capacity"]
+        names += ["num_requests_running", "pending_tokens_total", "Zone", "9a", "x" * 65]
+        values = ["", "eu-1a", "a b", "x" * 256, "x" * 257, "\u00e4", 'a"b', "\\", "\x7f", "~", 7, None, True, [1]]
+        good = [value for value in values[:4] if isinstance(value, str)]
+        fast = 0
+        for _ in range(5000):
+            usual = chance.random() < 0.7
+            labels = [
+                (chance.choice(names[:6] if usual else names), chance.choice(good if usual else values))
+                for _ in range(chance.randrange(1, 10))
+            ]
+            text = "".join(f", {json.dumps(name)}: {json.dumps(value)}" for name, value in labels)
+            one = agent()[:-1] + text.encode() + b"}"
+            matched = match_labelled(one)
+            if matched is not None:
+                fast += 1
+                parsed = parse(one)
+                self.assertEqual((matched, parsed.passed_over), (parsed.texts(), False), one)
+            elif usual and len(dict(labels)) == len(labels) <= 8 and len(text) < 800:
+                self.fail(f"is not read fast: {one!r}")
+        self.assertGreater(fast, 500)
+        for one in (agent(), datagram(), b"", agent(zone="eu") + b" ", agent(zone="eu")[1:]):
+            self.assertIsNone(match_labelled(one))
 
 
 class Entry(NumberedCase):
