@@ -55,8 +55,8 @@ def cannot_listen(protocol: str, address: str, port: int, error: OSError) -> str
         return (
             f"{problem}; another process has the port, perhaps another gateway: see which with"
             f" `ss -l{flag}np 'sport = :{port}'` or `lsof -i :{port}` as root, stop it, or set another {variable}."
-            " A gateway that has it can be read over HTTP: get_state_gateway() in a router follows it by itself, others use"
-            " engine_table.py or GET /engines"
+            " A gateway that has it can be read over HTTP: get_state_gateway() in a router follows it by itself, others"
+            " use engine_table.py or GET /engines"
         )
     if error.errno == errno.EADDRNOTAVAIL:
         return (
