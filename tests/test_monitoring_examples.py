@@ -56,7 +56,9 @@ class Page(unittest.TestCase):
     def setUpClass(cls) -> None:
         with daemon(BIND_ADDRESS="127.0.0.1") as running:
             running.send(datagram(engine_id="busy"), heartbeat(engine_id="idle"))
-            running.wait_received(2)
+            running.send(datagram(engine_id="hung", boot="b", seq=1, phase="stuck", model="m", role="both"))
+            running.send(datagram(engine_id="well", boot="b", seq=1, phase="serving", model="m", role="both"))
+            running.wait_received(4)
             cls.counts_kernel_drops = running.stats()["kernel_dropped"] is not None
             page = running.ask("/metrics").body.decode()
         cls.samples = [
