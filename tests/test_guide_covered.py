@@ -58,7 +58,7 @@ SECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "从广播迁移到点播",
         ("VLLM_STATE_GATEWAY_NETWORK_MODE", "pkill -f gateway.py"),
     ),
-    "参考资源": (README, "写在哪里", ("docs/engines.zh-CN.md", "docs/design.zh-CN.md")),
+    "参考资源": (README, "文档", ("docs/engines.zh-CN.md", "docs/design.zh-CN.md")),
     "贡献": (README, "贡献", ("Issue", "Pull Request")),
 }
 
