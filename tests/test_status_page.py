@@ -29,7 +29,14 @@ from tests.harness import DEADLINE_S, TOP, Daemon, again_and_again, daemon, data
 
 PAGE = (TOP / "status_page.html").read_text(encoding="utf-8")
 SVG = "http://www.w3.org/2000/svg"  # the name of a language, and no address that is asked for anything
-ENTER, ESCAPE, TAB, LEFT = "\ue007", "\ue00c", "\ue004", "\ue012"  # as WebDriver writes them
+ENTER, ESCAPE, TAB, LEFT, UP, DOWN = (
+    "\ue007",
+    "\ue00c",
+    "\ue004",
+    "\ue012",
+    "\ue013",
+    "\ue015",
+)  # as WebDriver writes them
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(2)>',
@@ -155,7 +162,33 @@ class Strings(unittest.TestCase):
         told = {f"invalid_reasons.{reason}" for reason in REASONS} | {f"event.{kind}" for kind in EVENT_KINDS}
         told |= {f"signature_reasons.{reason}" for reason in SIGNATURE_REASONS}
         told |= {f"phase.{phase}" for phase in ("starting", "draining", "sleeping", "stuck")}
+        told |= {f"do.{section}" for section in sections().values()}
         self.assertEqual(unused, told, "the reasons come by /stats, the events by /events, the phases with an engine")
+
+
+def sections() -> dict[str, str]:
+    """The notes that say what to do, each with its section of docs/troubleshooting.md."""
+    table = re.search(r"const SECTIONS = \{(.*?)\};", element("script"), flags=re.DOTALL)
+    assert table is not None
+    return dict(re.findall(r'(\w+): "([a-z-]+)"', table[1]))
+
+
+class WhatToDo(unittest.TestCase):
+    """Whatever the page says is wrong, it says what to do, and where there is more."""
+
+    def test_every_note_but_those_of_wellbeing_has_its_few_words(self) -> None:
+        noted = set(re.findall(r'\bsay(?:Grown)?\("(?:bad|warn|info)", (?:known \? )?"(\w+)"', element("script")))
+        self.assertGreater(len(noted), 15)
+        self.assertEqual(noted | {"no_answer"}, set(sections()) | {"other_version"})
+
+    def test_the_section_of_each_is_there(self) -> None:
+        path = TOP / "docs" / "troubleshooting.md"
+        if not path.exists():
+            self.skipTest("docs/troubleshooting.md is not there")
+        text = path.read_text(encoding="utf-8")
+        anchors = set(re.findall(r'<a id="([a-z-]+)"', text))
+        anchors |= {title.strip().lower().replace(" ", "-") for title in re.findall(r"(?m)^#+ ([\w -]+)$", text)}
+        self.assertEqual(set(sections().values()) - anchors, set())
 
 
 def why_no_browser() -> str:
@@ -277,6 +310,25 @@ def pushing(running: Daemon, count: int, interval_s: float) -> Iterator[None]:
 
     with again_and_again(interval_s, push):
         yield
+
+
+# What is cut (though a name may be, before its end, and a note's one line), or is a number in two lines.
+CUT = r"""
+  const cells = "td:not(.name), td .value, th button, :is(.tile, .fleet) :is(dt, b, small), .pasts figcaption *";
+  const further = "button, select, #count, #past-at, summary, .axis span, #event-list li > :not(:last-child), dd";
+  const shown = [...document.querySelectorAll(`${cells}, ${further}`)].filter((one) => one.checkVisibility());
+  const lines = (one) => {
+    const range = document.createRange();
+    range.selectNodeContents(one);
+    return new Set([...range.getClientRects()].filter(({ width }) => width > 0).map(({ top }) => Math.round(top))).size;
+  };
+  const isCut = (one) => one.scrollWidth > one.clientWidth + 1 || one.scrollHeight > one.clientHeight + 2;
+  const clips = (one) => getComputedStyle(one).display !== "inline" && getComputedStyle(one).overflow !== "visible";
+  const isNumber = (one) => one.childElementCount === 0 && /^[+−-]?[\d.,]+\s*\S{0,9}$/.test(one.textContent);
+  const size = (one) => `${one.scrollWidth}x${one.scrollHeight} in ${one.clientWidth}x${one.clientHeight}`;
+  return shown.filter((one) => clips(one) && isCut(one) || isNumber(one) && lines(one) > 1)
+    .map((one) => `${one.tagName}.${one.className || one.id}: ${one.textContent} (${size(one)})`);
+"""
 
 
 @unittest.skipIf(why_no_browser(), why_no_browser())
@@ -455,7 +507,7 @@ class InChromium(unittest.TestCase):
                 self.browser.click("th.capacity button")
             self.open(running, "#engine=beating")
             fields = self.wait_text("#fields", "Heartbeat\n*yes")
-            self.assertEqual(len(re.findall(r"\bunknown\b", fields)), 6)
+            self.assertEqual(len(re.findall(r"\bunknown\b", fields)), 7)
             self.wait_text("#engine-state", "^live, heard from .* ago; only heartbeats lately")
 
     def test_chinese_and_english(self) -> None:
@@ -476,9 +528,22 @@ class InChromium(unittest.TestCase):
             shown = chinese.run(
                 "return document.querySelector('.wrap').innerText + document.querySelector('#engine').innerText"
             )
-            for name in (running.stats()["log"]["file"], running.stats()["instance"]):
+            for name in (running.stats()["log"]["file"], running.stats()["instance"], chinese.text("#curl") or "?"):
                 shown = shown.replace(name, "")
-            kept = {"token", "cache", "latency", "optimized", "test", "unicast", "UDP", "HTTP", "JSON", "MiB", "KiB"}
+            kept = {
+                "token",
+                "curl",
+                "cache",
+                "latency",
+                "optimized",
+                "test",
+                "unicast",
+                "UDP",
+                "HTTP",
+                "JSON",
+                "MiB",
+                "KiB",
+            }
             self.assertEqual(set(re.findall(r"[A-Za-z]{3,}", shown)) - kept, set())
             self.assertEqual(chinese.complaints(), [])
 
@@ -687,10 +752,12 @@ class InChromium(unittest.TestCase):
             self.open(running)
             self.wait_text("#usable", "^3 of 4$")
             self.assertEqual(self.browser.text("#usable-note"), "not: load unknown 1")
-            self.assertEqual(self.browser.text("#work"), "2.0s for the whole fleet")
+            self.assertEqual(self.browser.text("#work"), "2.0s")
             self.assertEqual(self.browser.text("#work-note"), "4,000 tokens; 2,000 tokens/s of 2 engines")
-            self.assertEqual(self.browser.text("#kv-most"), "b 75%")
-            self.assertEqual(self.browser.text("#work-most"), "b 3.0s")
+            self.assertEqual([self.browser.text(f"#kv-{what}") for what in ("most", "spread .most b")], ["b", "75%"])
+            self.assertEqual([self.browser.text(f"#work-{what}") for what in ("most", "spread .most b")], ["b", "3.0s"])
+            self.assertEqual(self.browser.text("#modes"), "latency_optimized 3")
+            self.assertEqual(self.browser.text("#phases"), "serving 4")
             label = self.browser.run("return document.querySelector('#kv-spread svg').ariaLabel")
             self.assertEqual(label, "2 engines from 50% to 75%; the highest: b")
             self.browser.click("#kv-most")
@@ -702,7 +769,143 @@ class InChromium(unittest.TestCase):
               render();""")
             self.wait_cell("a", "status", "^draining$")
             self.wait_text("#usable-note", "draining 1")
+            self.wait_text("#phases", r"^serving 3,\s+draining 1$")
             self.wait_text("#usable", "^2 of 4$")
+
+    def test_a_conflict_is_noted_with_both_sources_and_what_to_do(self) -> None:
+        """The note names the engine and two sources, in words of the language; unfolded, it says what to do."""
+        with self.gateway(STALE_THRESHOLD=60_000) as running:
+            with contextlib.ExitStack() as stack:
+                ports = [free_port() for _ in range(2)]
+                socks = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in ports]
+                for sock, port in zip(socks, ports, strict=True):
+                    sock.bind(("127.0.0.1", port))
+                for turn in range(8):
+                    one = datagram(engine_id="both", timestamp_ms=turn, pending_tokens_total=turn)
+                    socks[turn % 2].sendto(one, ("127.0.0.1", running.udp_port))
+                    running.wait_received(turn + 1)
+            self.open(running)
+            note = self.wait_text("#notices", r"Several senders use one engine_id \(1; the first from 127")
+            self.assertEqual({int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", note)}, set(ports))
+            self.assertNotIn("What to do", note)
+            self.browser.click("#notices-more")
+            self.wait_text("#notices", r"What to do: Find the two senders.*docs/troubleshooting\.md#conflict")
+            self.wait_text("#notices .lines", r"^both: from 127\.0\.0\.1:\d+ and 127\.0\.0\.1:\d+$")
+            self.wait_text("#usable-note", "conflict 1")
+            self.open(running, "?lang=zh#engine=both")
+            self.wait_text("#notices", r"第一个 来自 127\.0\.0\.1:\d+ 和 127\.0\.0\.1:\d+）")
+            self.wait_text("#fields", r"来自 127\.0\.0\.1:\d+ 和 127\.0\.0\.1:\d+ \(冲突\)")
+
+    def test_who_sent_what_was_rejected(self) -> None:
+        """Unfolded, a note has the last source and detail of each reason."""
+        with self.gateway(STALE_THRESHOLD=60_000) as running:
+            running.send(b"junk", b"{}", datagram(engine_id=5))
+            self.open(running)
+            self.wait_text("#notices", "Invalid datagrams in the last .*: 3")
+            self.browser.click("#notices-more")
+            said = self.wait_text("#notices .lines", "(?s)a field missing.*wrong type|wrong type.*a field missing")
+            for line in said.splitlines():
+                self.assertRegex(line, r": 1 in the last .*; the last one .* ago from 127\.0\.0\.1:\d+: \w+")
+            self.assertEqual(len(said.splitlines()), 3)
+
+    def test_the_keys(self) -> None:
+        """`/` searches, arrows walk the rows, also beyond those in view, Enter opens, Esc closes, `?` lists them."""
+        focus = "document.activeElement.id || document.activeElement.textContent"
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(*(datagram(engine_id=f"engine-{n}") for n in range(100)))
+            self.open(running)
+            self.wait_text("#live", "^100$")
+            self.browser.press("?")
+            self.until("document.querySelector('#keys').open")
+            self.assertIn("walk the rows", self.browser.text("#keys-list") or "")
+            self.browser.press(ESCAPE)
+            self.until("!document.querySelector('#keys').open")
+            self.browser.press("/", *"ENGINE-4")
+            self.until(f"{focus} === 'find'")
+            self.wait_text("#count", "^11 of 100$")
+            self.browser.press(DOWN, DOWN)
+            self.until(f"{focus} === 'engine-40'")
+            self.browser.press(ENTER)
+            self.wait_sheet("engine-40")
+            self.browser.press(ESCAPE)
+            self.until(f"!document.querySelector('#engine').open && {focus} === 'engine-40'")
+            self.browser.press("/", *"x", ESCAPE)
+            self.browser.run("document.querySelector('#find').value = ''")
+            self.browser.run("document.querySelector('#find').dispatchEvent(new Event('input'))")
+            self.wait_text("#count", "^100 of 100$")
+            self.browser.run("document.activeElement.blur(); scrollTo(0, 0)")
+            self.browser.press(DOWN)
+            self.until(f"{focus} === 'engine-0'")
+            self.browser.press(*[DOWN] * 60)
+            self.until(f"{focus} === 'engine-60'")
+            self.until("document.activeElement.getBoundingClientRect().bottom <= innerHeight")
+            self.browser.press(*[UP] * 58)
+            self.until(f"{focus} === 'engine-2'")
+            head = "document.querySelector('#heads').getBoundingClientRect().bottom"
+            self.until(f"document.activeElement.getBoundingClientRect().top >= {head}")
+
+    def test_an_engine_as_a_curl_command(self) -> None:
+        """What can be copied is run as it is, whatever the engine is called, and answers with its entry."""
+        name = "a'b\"c&amp;d $(x) `y`\\"
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id=name), datagram(engine_id="other"))
+            self.open(running)
+            self.wait_rows(2)
+            self.browser.run("location.hash = '#engine=' + encodeURIComponent(arguments[0])", name)
+            self.wait_sheet(name)
+            self.assertEqual(self.browser.text("#curl-copy"), "Copy as curl")
+            command = self.browser.text("#curl") or ""
+            self.assertRegex(command, rf"^curl -s 'http://127\.0\.0\.1:{running.http_port}/engines\?engine_id=")
+            if shutil.which("curl"):
+                answer = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=DEADLINE_S)
+                self.assertEqual(list(json.loads(answer.stdout)["engines"]), [name])
+            self.browser.click("#curl-copy")
+            self.wait_text("#curl-copy", "^Copied$")
+
+    def test_a_screen_on_the_wall(self) -> None:
+        """?kiosk=1 has nothing to press, fills the screen without scrolling, and is larger on a larger one."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(datagram(engine_id="a"), datagram(engine_id="b", phase="stuck"), b"junk")
+            for width, height in ((1280, 720), (1920, 1080), (3840, 2160)):
+                self.browser.resize(width, height)
+                self.open(running, "?kiosk=1")
+                self.wait_text("#live", "^1$")
+                self.wait_text("#notices", "(?s)Stuck.*Invalid datagrams")
+                controls = self.browser.run("""
+                  const shown = [...document.querySelectorAll("button, input, select, summary")];
+                  return shown.filter((one) => one.checkVisibility()).length""")
+                self.assertEqual(controls, 0)
+                whole = self.browser.run("""
+                  const { documentElement: page } = document, list = document.querySelector("#event-list");
+                  return [page.scrollWidth <= innerWidth, page.scrollHeight <= innerHeight + 1,
+                    list.getBoundingClientRect().bottom <= innerHeight, list.getBoundingClientRect().height > 20]""")
+                self.assertEqual(whole, [True] * 4, width)
+                size = self.browser.run("return document.querySelector('#live').getBoundingClientRect().height")
+                self.assertAlmostEqual(size / width, 36 / 1280, delta=0.001)
+
+    def test_nothing_is_cut_and_no_number_breaks_at_any_usual_width(self) -> None:
+        """Neither usual values nor the largest there are, in either language."""
+        self.maxDiff = None
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            modes = ("latency_optimized", "throughput_optimized", "balanced")
+            phases = ("serving", "draining", "starting", "sleeping", "stuck")
+            for n in range(15):
+                about = {"scheduling_mode": modes[n % 3], "phase": phases[n % 5], "latency_pred_ms": 10.0**n}
+                load = {"pending_tokens_total": min(2**53, 10 ** (n + 2)), "engine_capacity": 3 * 10.0 ** (2 * n)}
+                running.send(datagram(engine_id=f"http://10.77.0.{n}:8000", **about, **load))
+            running.send(heartbeat(engine_id="http://10.77.0.99:8000"), b"junk", b"{}", b"[]")
+            found: list[str] = []
+            for language in ("en", "zh"):
+                for width in (390, 1024, 1280, 1440, 1920):
+                    self.browser.resize(width, 900)
+                    self.open(running, f"?lang={language}")
+                    self.until("past.length > 0 && samples.length > 1 && engines.size === 16")
+                    self.browser.run("document.querySelector('#events').open = true")
+                    self.browser.run("document.querySelector('#table').scrollIntoView()")
+                    self.until("document.querySelector('#rows tr:nth-child(5)') !== null")
+                    cut = self.browser.run(CUT)
+                    found += [f"{language}, {width} pixels: {one}" for one in cut]
+            self.assertEqual(found, [])
 
     def test_language_and_theme_by_the_address_and_what_search_finds(self) -> None:
         with self.gateway(STALE_THRESHOLD=600_000) as running:
@@ -711,6 +914,14 @@ class InChromium(unittest.TestCase):
             self.wait_text("#past-heading", "^发生了什么$")
             ground = self.browser.run("return getComputedStyle(document.body).backgroundColor")
             self.assertEqual(ground, "rgb(13, 17, 21)")
+            wait_until("the one", lambda: self.names() == ["a"])
+            running.send(
+                datagram(engine_id="c", timestamp_ms=2, phase="sleeping", model="Deep-Thought", role="prefill")
+            )
+            for found in ("deep-thought", "role=prefill", "PREFILL", "sleeping"):
+                self.open(running, f"#find={found}")
+                wait_until(f"the one found by {found}", lambda: self.names() == ["c"])
+            self.open(running, "?lang=zh&theme=dark#find=balanced")
             wait_until("the one", lambda: self.names() == ["a"])
             source = self.cells("a")["source"]
             self.open(running, f"?lang=en#find={source}")
