@@ -6,6 +6,7 @@ python3 gateway_archive.py [FILE]    writes it: by default gateway.pyz in the wo
 from __future__ import annotations
 
 import os
+import py_compile
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,9 @@ def write_archive(target: Path) -> None:
             shutil.copy2(path, source)
         # Python runs __main__.py of an archive. A copy, so that the main program is the main program here, too.
         shutil.copy2(FOLDER / "gateway.py", source / "__main__.py")
+        for path in list(source.glob("*.py")):  # byte code for this Python; another one takes the source beside it
+            unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+            py_compile.compile(str(path), f"{path}c", path.name, doraise=True, invalidation_mode=unchecked)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             zipapp.create_archive(source, unfinished, interpreter="/usr/bin/env python3", compressed=True)

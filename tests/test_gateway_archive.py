@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import zipfile
 from pathlib import Path
 
 from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, datagram
@@ -54,6 +55,12 @@ class Archive(unittest.TestCase):
                 self.assertIn("sha256-", page.headers["Content-Security-Policy"])
                 self.assertEqual(running.stop(), 0)
         self.assertEqual({path.name for path in self.folder.iterdir()}, {"gateway.pyz", "engine_states.jsonl"})
+
+    def test_it_need_not_be_compiled_at_each_start(self) -> None:
+        names = set(zipfile.ZipFile(self.folder / "gateway.pyz").namelist())
+        sources = {name for name in names if name.endswith(".py")}
+        self.assertIn("__main__.py", sources)
+        self.assertEqual(names, {*sources, *(f"{name}c" for name in sources), "status_page.html"})
 
     def test_its_command_line_is_that_of_the_folder(self) -> None:
         for argument in ("--version", "--check-config"):
