@@ -56,6 +56,17 @@ class Page(unittest.TestCase):
                     told |= found
         self.assertGreater(len(told), 30)
 
+    def test_whatever_trouble_the_agent_tells_is_there(self) -> None:
+        named = [one for one in code(prose(PAGE)) if " " in one]
+        told = set()
+        for node in ast.walk(ast.parse(read("engine_agent.py"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("complaints.trouble", "say")):
+                text = literal(node.args[-1])
+                if ast.unparse(node.func).endswith("trouble") or text.startswith("is silent"):
+                    self.assertTrue([one for one in named if one in text], f"{text!r}, of which {PAGE} has nothing")
+                    told.add(text)
+        self.assertGreater(len(told), 10)
+
     def test_each_reason_for_which_readers_are_turned_away_is_there(self) -> None:
         for reason, meaning in REJECTIONS.items():
             self.assertIn(f"| `{reason}` | {meaning} |", rows(PAGE))
