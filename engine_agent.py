@@ -1920,6 +1920,7 @@ class VllmAdapter(Adapter):
     # Enough while the engine is idle, and half as dear; every STATIC_EVERY_S and FULL_EVERY_S more is asked for.
     IDLE = (*MOVING[:4], "vllm:engine_sleep_state")
     FULL_EVERY_S = 2.0
+    LOADS_ALONE = 2  # turns after one with a page, in which an engine that fell asleep does not show
     STATIC = ("vllm:cache_config_info",)
     STATIC_EVERY_S = 10.0  # a kilobyte that hardly ever changes
     # Its gauges go on for seconds after its core died, and read idle; /health knows.
@@ -1930,8 +1931,9 @@ class VllmAdapter(Adapter):
         self._pattern = Page.pattern(self.MOVING + self.STATIC)
         self._filtered = True
         self._idle = False  # at the last look
-        # What was idle is asked for the requests of its front end alone every second time: that costs a third.
+        # What was idle is asked for the requests of its front end alone for some turns: that costs half.
         self._idle_look: Look | None = None
+        self._loads_alone = 0
         self._full_at = -math.inf
         self._static_at = -math.inf
         self._blocks: int | None = None
@@ -1957,6 +1959,9 @@ class VllmAdapter(Adapter):
         if look is not None and self.tracks_load is not False:
             in_flight = self._load()
             if in_flight == 0:
+                self._loads_alone += 1
+                if self.tracks_load and self._loads_alone < self.LOADS_ALONE:
+                    self._idle_look = look
                 # Without tracking that says nothing, and nothing is said this time.
                 return Look(look.readings, at(), 0 if self.tracks_load else HIDDEN)
         look = None
@@ -1974,6 +1979,7 @@ class VllmAdapter(Adapter):
             self._learn(not idle, look)
         self._idle = idle and not look.in_flight
         self._idle_look = look if self._idle and not look.asleep and look.in_flight == 0 else None
+        self._loads_alone = 0
         return look
 
     def _must_be_healthy(self) -> None:

@@ -191,6 +191,18 @@ class Vllm(unittest.TestCase):
         self.assertLessEqual(len([one for one in asked if "iteration" in one]), 1)
         self.assertLessEqual(len(asked), 8)
 
+    def test_an_idle_engine_whose_load_is_tracked_is_asked_for_a_page_every_third_time(self) -> None:
+        """Each look is proof of idleness all the same, and that it fell asleep shows within three."""
+        self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3})
+        self.look(metrics_=vllm_page(0, 0, 2), load={"server_load": 0})
+        asked: list[str] = []
+        for _ in range(9):
+            self.assertEqual(self.look().in_flight, 0)
+            asked += self.client.asked
+        self.assertEqual(len([one for one in asked if one == "/load"]), 9)
+        self.assertEqual(len([one for one in asked if one.startswith("/metrics")]), 3)
+        self.assertTrue(any(self.look(metrics_=vllm_page(0, 0, 2, awake=0)).asleep for _ in range(3)))
+
     def test_load_that_is_not_tracked_is_not_asked_for_any_more(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1))
         self.assertIs(self.adapter.tracks_load, False)
