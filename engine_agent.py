@@ -788,6 +788,7 @@ class Look:
     in_flight: int | None = None  # requests in the engine's front end; None: it cannot be seen
     in_flight_by_rank: Mapping[int, int] | None = None
     asleep: bool = False
+    lacks_ranks: bool = False  # it has more ranks than those that said something
 
 
 HIDDEN = 1_000_000_000  # requests in a front end of which a part should have been seen, and was not
@@ -1162,6 +1163,8 @@ class Agent:
             said: dict[int | None, tuple[Proof | None, Load]] = {rank: (proofs[rank], loads[rank]) for rank in loads}
         else:
             load = merge_loads(list(loads.values()))
+            if look.lacks_ranks:
+                load = load._replace(kv_cache_free_blocks=-1, kv_cache_total_blocks=-1)
             if self._settings.engine_capacity is not None:
                 load = load._replace(engine_capacity=self._settings.engine_capacity)
             # The whole is proven only as far as each rank is: one that hangs is not hidden by the others.
@@ -1937,6 +1940,7 @@ class VllmAdapter(Adapter):
         self._full_at = -math.inf
         self._static_at = -math.inf
         self._blocks: int | None = None
+        self._ranks = 0
         self._steps: dict[str, Counted | None] = {}  # of each rank, at the last look at all
         self.tracks_load: bool | None = None  # whether /load counts: known as soon as the engine is busy
         self._load_asked_at = -math.inf
@@ -1963,7 +1967,8 @@ class VllmAdapter(Adapter):
                 if self.tracks_load and self._loads_alone < self.LOADS_ALONE:
                     self._idle_look = look
                 # Without tracking that says nothing, and nothing is said this time.
-                return Look(look.readings, at(), 0 if self.tracks_load else HIDDEN)
+                in_flight = 0 if self.tracks_load else HIDDEN
+                return Look(look.readings, at(), in_flight, lacks_ranks=look.lacks_ranks)
         look = None
         if self._idle and self._filtered and now - self._full_at < self.FULL_EVERY_S:
             look = self._look(self._filtered_page(self.IDLE), at())
@@ -2034,6 +2039,7 @@ class VllmAdapter(Adapter):
         self._static_at = now
         blocks = label_of(found[0], "num_gpu_blocks") or ""
         ranks = {label_of(labels, "engine") for labels in found}
+        self._ranks = len(ranks)
         # Each label of several ranks says the sum of all.
         self._blocks = int(blocks) // len(ranks) - 1 if blocks.isdecimal() and int(blocks) > 0 else None
         running = page.labels("vllm:num_requests_running")
@@ -2074,7 +2080,9 @@ class VllmAdapter(Adapter):
                     tokens=None if steps is None else steps.total,
                 )
             )
-        return Look(readings, at, asleep=bool(awake) and not any(awake.values()))
+        # With several API servers a rank has no gauges before its first request.
+        lacks_ranks = len(readings) < self._ranks
+        return Look(readings, at, asleep=bool(awake) and not any(awake.values()), lacks_ranks=lacks_ranks)
 
 
 def _is_idle(look: Look) -> bool:

@@ -1,6 +1,6 @@
 """The agent at a real vLLM, on this machine's CPU, with a model of random weights: what it says beside what is true.
 
-    python3 .ci/real_vllm.py FOLDER_OF_VLLM_S_ENVIRONMENT FOLDER_TO_WORK_IN
+    python3 .ci/real_vllm.py FOLDER_OF_VLLM_S_ENVIRONMENT FOLDER_TO_WORK_IN [one | two | data]
 
 The model has one token a byte, so that a prompt of N letters is N tokens, and what the agent has to say is known. The
 plugin inside and a sidecar beside speak at the same time, under names of their own, to this program and to a gateway,
@@ -29,7 +29,8 @@ TOP = Path(__file__).resolve().parent.parent
 PLUGIN, SIDECAR = "plugin", "sidecar"
 BLOCKS = 4095  # of 128 tokens: 1 GiB of KV cache, less the one that vLLM keeps for itself
 BLOCK = 128
-MOST_RUNNING = 4
+MOST_RUNNING = 4  # of a rank
+TWO_RANKS = "data parallel 2"
 failures = 0
 
 
@@ -263,9 +264,10 @@ def check(name: str, do: Callable[[], str | None]) -> None:
 class Trial:
     """What is checked at one server."""
 
-    def __init__(self, server: Server, ears: Ears, gateway: Gateway, servers: int) -> None:
+    def __init__(self, server: Server, ears: Ears, gateway: Gateway, servers: int, ranks: int = 1) -> None:
         self.server = server
         self.servers = servers
+        self.blocks = ranks * BLOCKS
         # From outside, a hang from idle shows only at the API server that has the requests.
         self.sees_idle_hang = (PLUGIN, SIDECAR) if servers == 1 else (PLUGIN,)
         self.ears = ears
@@ -308,7 +310,7 @@ class Trial:
                 seen = [state[field] for field in (
                     "phase", "pending_tokens_total", "kv_cache_free_blocks", "kv_cache_total_blocks",
                     "num_requests_running", "num_requests_waiting", "model")]  # fmt: skip
-                assert seen == ["serving", 0, BLOCKS, BLOCKS, 0, 0, "tiny"], state
+                assert seen == ["serving", 0, self.blocks, self.blocks, 0, 0, "tiny"], state
                 assert abs(state["timestamp_ms"] / 1000 - time.time()) < 5, state
         return f"{len(self.ears.since(begin, PLUGIN))} and {len(self.ears.since(begin, SIDECAR))} states"
 
@@ -355,6 +357,22 @@ class Trial:
                 for name in (PLUGIN, SIDECAR):
                     late = [state for at, state in self.ears.since(stopped + 1.6, name) if state["phase"] != "stuck"]
                     assert not late, late
+            begin = time.time()
+            said += "; " + self.both("serving again", begin, phase("serving"), 4)
+            said += self.readers("usable again", begin, True, 4)
+        return said
+
+    def one_rank_hangs(self) -> str:
+        """The core of one of two ranks stops while both work: what is said of the whole does not hide it."""
+        with clients(self.server, 16, 100, 1000):
+            begin = time.time()
+            self.both("both ranks work", begin, lambda one: one["num_requests_running"] == 2 * MOST_RUNNING, 30)
+            with self.server.stopped():
+                stopped = time.time()
+                said = self.both("stuck", stopped, phase("stuck"), 4)
+                said += self.readers("not usable", stopped, False, 4)
+                time.sleep(1.0)
+                self.never_usable(stopped + 1.6)
             begin = time.time()
             said += "; " + self.both("serving again", begin, phase("serving"), 4)
             said += self.readers("usable again", begin, True, 4)
@@ -428,6 +446,12 @@ class Trial:
         return f"{said_so}; beside it, when its port refused, after {refused:.1f} s"
 
 
+def available_gb() -> float:
+    """How much memory is left."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) / 1_000_000
+
+
 def free_port() -> int:
     """A TCP port that nobody has."""
     with socket.create_server(("127.0.0.1", 0)) as found:
@@ -443,9 +467,15 @@ def main() -> int:
          ["idle", "busy", "hung_while_busy", "hung_from_idle", "sleep_and_wake", "first_after_idle", "sigterm"]),
         ("two API servers", ["--api-server-count", "2"],
          ["idle", "busy", "hung_while_busy", "hung_from_idle", "sigterm"]),
+        (TWO_RANKS, ["--data-parallel-size", "2"], ["one_rank_hangs", "idle"]),
     ):  # fmt: skip
+        if not any(title.startswith(wanted) for wanted in sys.argv[3:] or [title]):
+            continue
+        if title == TWO_RANKS and available_gb() < 9:
+            print(f"not tried here: {TWO_RANKS}: it takes 9 GB of memory")
+            continue
         server = Server(vllm, work, (ears.port, gateway.port), free_port(), *arguments)
-        trial = Trial(server, ears, gateway, 2 if "--api-server-count" in arguments else 1)
+        trial = Trial(server, ears, gateway, 1 if title == "one API server" else 2, 2 if title == TWO_RANKS else 1)
         try:
             check(f"{title}: vLLM starts", server.wait_up)
             if server.process.poll() is None:

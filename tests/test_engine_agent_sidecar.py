@@ -252,6 +252,22 @@ class Vllm(unittest.TestCase):
         look = self.look(metrics_=vllm_page(1, 0, 1, engines=("0", "1", "10")))
         self.assertEqual([(one.rank, one.total) for one in look.readings], [(0, 1000), (1, 1000), (10, 1000)])
 
+    def test_a_rank_without_gauges_leaves_the_whole_engines_blocks_unknown(self) -> None:
+        """With several API servers a rank has none before its first request; its blocks are not left out silently."""
+        both = vllm_page(0, 0, 1, engines=("0", "1"))
+        one = "".join(line + "\n" for line in both.splitlines() if 'engine="1"' not in line or "cache_config" in line)
+        sent: list[dict[str, Any]] = []
+        sender = mock.Mock(send=lambda datagram: sent.append(json.loads(datagram)))
+        agent = engine_agent.Agent(settings(), sender, clock=self.clock)
+        agent.identify("e", "m", "vllm 0.33.0")
+        for page, blocks in ((one, -1), (both, 2000)):
+            for _ in range(8):
+                agent.saw(self.look(metrics_=page))
+            said = sent[-1]
+            self.assertEqual((said["phase"], said["num_requests_running"]), (SERVING, 0))
+            self.assertEqual(said["kv_cache_total_blocks"], blocks)
+            self.assertLessEqual(said["kv_cache_free_blocks"], blocks)
+
     def test_asleep(self) -> None:
         self.assertTrue(self.look(metrics_=vllm_page(0, 0, 1, awake=0)).asleep)
         self.assertFalse(self.look(metrics_=vllm_page(0, 0, 1)).asleep)
