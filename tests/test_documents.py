@@ -285,6 +285,10 @@ class Tables(unittest.TestCase):
                 with self.subTest(readme=name, page=page):
                     self.assertIn(twin(page) if is_chinese and page in TRANSLATED else page, {*named, name})
 
+    def test_every_check_is_explained_to_those_who_contribute(self) -> None:
+        checks = {path.name for path in (TOP / ".ci").iterdir() if not path.suffix}
+        self.assertEqual({name for name in checks if f"`.ci/{name}`" not in read("CONTRIBUTING.md")}, set())
+
     def test_the_two_commands_are_in_the_first_screen(self) -> None:
         for name in ("README.md", "README.zh-CN.md"):
             first_screen = "\n".join(read(name).splitlines()[:25])

@@ -10,7 +10,7 @@ import unittest
 import engine_agent
 import engine_table
 from gateway import VERSION
-from tests.documents import english_pages, read
+from tests.documents import english_pages, every_page, read
 from tests.harness import DEADLINE_S, TOP, clean_environment, daemon
 from tests.test_config_examples import ENGINES, KUSTOMIZE
 
@@ -53,6 +53,9 @@ class Version(unittest.TestCase):
         for path in (*ENGINES.glob("*.yaml"), *(TOP / page for page in english_pages())):
             for named in re.findall(r"elrar_agent-([0-9.]+)\.dist-info", path.read_text(encoding="utf-8")):
                 self.assertEqual(named, VERSION, path)
+        for page in every_page():
+            for named in re.findall(r'"version": "([^"]+)"', read(page)):
+                self.assertEqual(named, VERSION, page)
 
     def test_the_changelog_begins_with_it(self) -> None:
         """Above it may only stand what is not released yet."""
