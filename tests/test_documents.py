@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
 from pathlib import Path
 from typing import Any
@@ -58,8 +60,10 @@ from tests.harness import (
     gateway_command,
     wait_until,
 )
+from tests.test_engine_agent_sidecar import vllm_page
 
 START = "python3 gateway.py"
+ENGINE = "http://127.0.0.1:8000"
 SIMULATE = "python3 engine_agent.py --simulate 20"
 FIELD_TABLES = {  # of docs/http.md, and the schemas of which they have the members
     "### An engine's entry": "Entry",
@@ -346,6 +350,34 @@ class Commands(unittest.TestCase):
         self.addCleanup(running.close)
         return running.wait_ready()
 
+    def engine(self) -> str:
+        """The URL of what answers as a vLLM does that has nothing to do, until the test ends."""
+        page = vllm_page(0, 0, 0)
+        answers = {
+            "/metrics": page,
+            "/metrics/": page,
+            "/version": '{"version": "0.32.0"}',
+            "/load": '{"server_load": 0}',
+        }
+
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                text = answers.get(self.path.partition("?")[0], "")
+                self.send_response(200 if text else 404)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                """Nothing of it in the tests' output."""
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        self.addCleanup(thread.join, DEADLINE_S)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return f"http://127.0.0.1:{server.server_port}"
+
     def test_every_transcript_comes_out_as_shown(self) -> None:
         """A page that does not begin with the start finds a gateway that runs and has heard from the engine `test`."""
         for page in english_pages():
@@ -374,7 +406,7 @@ class Commands(unittest.TestCase):
                 else:
                     if running is not None and "engine_states.jsonl" in command:
                         self.wait_logged(running)
-                    output = self.shell(command)
+                    output = self.shell(command.replace(ENGINE, self.engine()) if ENGINE in command else command)
                 output = without_buffer_warning(output)
                 if not comes_out_as(output, shown):
                     self.assertEqual(masked(output), masked(shown))

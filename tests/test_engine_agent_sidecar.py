@@ -867,6 +867,12 @@ class Checking(unittest.TestCase):
         self.assertIn("would help: --enable-server-load-tracking", said)
         self.assertRegex(said, r"(?m)^phase +serving ")
 
+    def test_an_idle_vllm_that_may_or_may_not_count_its_requests(self) -> None:
+        text = vllm_page(0, 0, 5)
+        status, said = self.check(Client({"/metrics": text, "/metrics/": text, "/load": {"server_load": 0}}))
+        self.assertEqual(status, 0)
+        self.assertRegex(said, r"(?m)^phase +serving ")
+
     def test_a_busy_engine_that_does_not_move(self) -> None:
         text = vllm_page(3, 0, 5)
         status, said = self.check(Client({"/metrics": text, "/metrics/": text}))
