@@ -95,6 +95,10 @@ class Stream(Protocol):
     def is_large(self) -> bool:
         """Whether what is to be sent next is large, and can wait for room."""
 
+    @property
+    def pause_s(self) -> float:
+        """How long to wait before the next `read`, as of the last one; less than the server can wait is at once."""
+
     def read(self) -> bytes:
         """What is to be sent next, or nothing if there is nothing yet; called once all before has been sent."""
 

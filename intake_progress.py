@@ -8,8 +8,8 @@ batch after batch, until the sockets are empty (or for a bounded number of batch
 *How soon does the next step begin?* (`Pacing`.) A wake-up costs as much as twenty datagrams. So datagrams that come
 faster than COALESCE_ABOVE_PER_S are left to wait until about COALESCE_TARGET have arrived, for a few milliseconds at
 most. A lone datagram is taken at once. Measured: 1,000 engines x 5/s, evenly spread, need a fifth of the CPU that one
-wake-up each needs. HTTP answers do not notice (they use the barrier); readers of /watch and of this process would,
-hence LOW_LATENCY_DELAY_S for them.
+wake-up each needs. HTTP answers do not notice (they use the barrier), nor does a page, which is told ten times a
+second; impatient readers of /watch and those of this process would, hence LOW_LATENCY_DELAY_S for them.
 
 *What must have been heard by now?* (`Watermark`.) Everything that had arrived when a step began has been taken when it
 ends with empty sockets: the watermark is then the beginning of that step. An engine is removed for a silence up to the

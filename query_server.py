@@ -172,8 +172,8 @@ class StreamTurns:
     """The connections that stream, in the order of their turns."""
 
     def __init__(self) -> None:
-        self._connections: dict[Connection, None] = {}
-        self.next_at = 0.0  # monotonic; when to look again whether they have something to send
+        self._connections: dict[Connection, float] = {}  # and when to look again whether it has something to send
+        self.next_at = 0.0  # monotonic; when to look at the first of them again
 
     def __bool__(self) -> bool:
         return bool(self._connections)
@@ -183,12 +183,21 @@ class StreamTurns:
 
     def add(self, connection: Connection) -> None:
         """Add one, whose turn comes at once."""
-        self._connections[connection] = None
+        self._connections[connection] = 0.0
         self.next_at = 0.0
 
-    def put_last(self, connection: Connection) -> None:
-        """Have the others come first next time."""
-        self._connections[connection] = self._connections.pop(connection)
+    def due(self, now: float) -> list[Connection]:
+        """Those whose time has come."""
+        return [connection for connection, again_at in self._connections.items() if again_at <= now]
+
+    def put_last(self, connection: Connection, again_at: float) -> None:
+        """Have the others come first next time, and this one not before then."""
+        if self._connections.pop(connection, None) is not None:  # it may have been closed
+            self._connections[connection] = again_at
+
+    def find_next(self, earliest: float) -> None:
+        """Look at the first of them again when its time comes, but not before `earliest`."""
+        self.next_at = max(earliest, min(self._connections.values(), default=0.0))
 
     def discard(self, connection: Connection) -> None:
         """Remove one, if it is there."""
@@ -348,13 +357,11 @@ class QueryServer:
         now = self._clock()
         if now < self._streams.next_at:
             return
-        self._streams.next_at = now + STREAM_TICK_S
         is_crowded = self._places.unsent.total > MAX_UNSENT_BYTES // 2
-        for connection in self._streams:
+        for connection in self._streams.due(now):
             stream = connection.stream
             if stream is None or connection.outbox or (stream.is_large and is_crowded):
                 continue
-            self._streams.put_last(connection)
             try:
                 has_more = connection.pump()
             except MemoryError:
@@ -365,12 +372,14 @@ class QueryServer:
                 self._counters.record_bug("a stream")
                 self._close(connection)
                 continue
+            self._streams.put_last(connection, now + stream.pause_s)
             if has_more:
                 self._send(connection)
                 is_crowded = is_crowded or self._places.unsent.total > MAX_UNSENT_BYTES // 2
             if self._clock() > now + TURN_S:
-                self._streams.next_at = now  # the others' turn comes right after new requests
-                break
+                self._streams.find_next(now)  # the others' turn comes right after new requests
+                return
+        self._streams.find_next(now + STREAM_TICK_S)
 
     def _close_late(self, judged_at: float, active: set[object]) -> None:
         """Close whose deadline had passed before the sockets were looked at, and who has not moved since."""

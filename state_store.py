@@ -163,7 +163,7 @@ class _LifeLog:
 
 
 class _ChangeFeed:
-    """What changed since the subscriber asked last. Used under the store's lock, but for `has_subscriber`.
+    """What changed since the subscriber asked last. Used under the store's lock, but for one property.
 
     While nobody asks, nothing is noted: noting who was heard from takes a hundredth of what intake takes.
     """
@@ -173,13 +173,15 @@ class _ChangeFeed:
         self.removed: list[KnownEngine] = []
         self._max_removed = max_removed
         self._clock = clock
-        self._asked_at = float("-inf")
+        self._asked_at = self._impatient_at = float("-inf")
 
-    def collect(self) -> tuple[dict[bytes, int] | None, list[KnownEngine]]:
+    def collect(self, *, impatient: bool) -> tuple[dict[bytes, int] | None, list[KnownEngine]]:
         """What was noted, None if nothing was; noting begins anew."""
         touched, self.touched = self.touched, {}
         removed, self.removed = self.removed, []
         self._asked_at = self._clock()
+        if impatient:
+            self._impatient_at = self._asked_at
         return touched, removed
 
     def note_removed(self, engine: KnownEngine) -> None:
@@ -194,9 +196,9 @@ class _ChangeFeed:
             self.removed = []
 
     @property
-    def has_subscriber(self) -> bool:
-        """Whether somebody has asked just now; needs no lock, because it reads one attribute."""
-        return self._clock() - self._asked_at < SUBSCRIBED_S
+    def has_impatient_subscriber(self) -> bool:
+        """Whether somebody impatient has asked just now; needs no lock, because it reads one attribute."""
+        return self._clock() - self._impatient_at < SUBSCRIBED_S
 
 
 def _quoted(engine_id: str) -> bytes:
@@ -544,23 +546,23 @@ class StateStore:
             found = [self._engines.get(quoted_id) for quoted_id in quoted_ids]
         return self._clock(), _rows(engine for engine in found if engine is not None)
 
-    def collect_changes(self) -> tuple[list[tuple[str, int]], list[Row]] | None:
+    def collect_changes(self, *, impatient: bool = True) -> tuple[list[tuple[str, int]], list[Row]] | None:
         """The changes since the previous call: (engine_id, datagrams) of each known engine that was heard from, and the
         last row of each engine that was removed. Apply the removals first.
 
         None if nothing was noted: at the first call, and if the previous one was CHANGES_KEPT_S ago. There is one
-        subscriber.
+        subscriber; if it is `impatient`, datagrams are not left to wait for others for long.
         """
         with self._lock:
-            touched, removed = self._feed.collect()
+            touched, removed = self._feed.collect(impatient=impatient)
             known = self._engines
             heard = [(known[key].engine_id, count) for key, count in (touched or {}).items() if key in known]
         return None if touched is None else (heard, _rows(removed))
 
     @property
-    def has_subscriber(self) -> bool:
-        """Whether somebody has asked for changes just now."""
-        return self._feed.has_subscriber
+    def has_impatient_subscriber(self) -> bool:
+        """Whether somebody who wants to be told within milliseconds has asked for changes just now."""
+        return self._feed.has_impatient_subscriber
 
     def stale(self) -> set[str]:
         """The ids of the engines that are stale now."""

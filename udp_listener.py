@@ -161,7 +161,7 @@ class UdpListener:
         max_buffered = 1 + sum(granted) // MIN_CHARGE_BYTES
         self._watermark = Watermark(max_buffered, clock(), store.advance_watermark, *watermark_readers)
         room = min(granted) / 4 / MAX_CHARGE_BYTES  # a quarter of what certainly fits
-        self._pacing = Pacing(room, clock(), lambda: low_latency or store.has_subscriber)
+        self._pacing = Pacing(room, clock(), lambda: low_latency or store.has_impatient_subscriber)
         self._drops = KernelDrops(sockets)
         self._notices = _Notices(FleetEvents(clock=clock) if events is None else events, clock)
         self.last_progress_at = clock()  # monotonic; written by the listener's thread only

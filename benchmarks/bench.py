@@ -199,11 +199,30 @@ def quantiles(delays: list[float]) -> tuple[str, str]:
     return f"p50 {p50:.2f} ms", f"p99 {p99:.2f} ms"
 
 
-def watch(port: int) -> socket.socket:
+def watch(port: int, target: str = "/watch") -> socket.socket:
     """A reader of /watch that has asked and not yet read."""
     sock = socket.create_connection(("127.0.0.1", port), timeout=30)
-    sock.sendall(b"GET /watch HTTP/1.1\r\nHost: bench\r\n\r\n")
+    sock.sendall(f"GET {target} HTTP/1.1\r\nHost: bench\r\n\r\n".encode())
     return sock
+
+
+@contextlib.contextmanager
+def reader(port: int, target: str) -> Iterator[None]:
+    """A reader that takes all it is sent, as a page does."""
+    with watch(port, target) as sock:
+        thread = threading.Thread(target=drain, args=(sock,))
+        thread.start()
+        try:
+            yield
+        finally:
+            sock.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def drain(sock: socket.socket) -> None:
+    """Read until the end, ten times a second."""
+    while sock.recv(1 << 20):
+        time.sleep(0.1)
 
 
 class Bench:
@@ -320,6 +339,24 @@ class Bench:
         before, start = cpu_seconds(pid), time.perf_counter()
         finish_sender(start_sender(port, way, self.long_seconds, 1000))
         return (cpu_seconds(pid) - before) / (time.perf_counter() - start)
+
+    def page(self) -> None:
+        """What one open status page adds to 1,000 engines that push every 200 ms, and one impatient reader of all."""
+        shares: dict[str, list[float]] = {}
+        targets = {"no reader": None, "an open page": "/watch?min_interval_ms=500", "a reader of /watch": "/watch"}
+        for _ in range(self.runs):
+            for what, target in targets.items():
+                with gateway(self.folder) as running, contextlib.ExitStack() as opened:
+                    if target:
+                        opened.enter_context(reader(running.port, target))
+                    shares.setdefault(what, []).append(self.share(running.process.pid, running.port, "spread"))
+        for what, found in shares.items():
+            more = [with_it - without for with_it, without in zip(found, shares["no reader"], strict=True)]
+            row(
+                f"1,000 engines x 5/s, spread, {what}",
+                f"{statistics.median(found) * 100:.1f} % of a core",
+                f"{statistics.median(more) * 100:.1f} points more" if targets[what] else "",
+            )
 
     def c_receiver(self) -> str | None:
         """The compiled C receiver, or None where there is no compiler."""
@@ -496,6 +533,7 @@ def main() -> None:
         "everyday",
         "visible",
         "watching",
+        "page",
         "reading",
         "readers",
         "memory",

@@ -18,7 +18,8 @@ from unittest import mock
 import query_connection
 import query_server
 from http_message import MAX_REQUEST_LINE_BYTES, Answer, Request, Stream, StreamsFull, error_answer
-from query_server import QueryServer
+from query_connection import Connection
+from query_server import QueryServer, StreamTurns
 from tests.harness import DEADLINE_S, FakeClock, wait_until
 
 BIG = b'"' + b"x" * (6 << 20) + b'"'  # more than the sockets' buffers hold for a reader with a small one
@@ -28,6 +29,7 @@ class LargeStream:
     """A stream that begins with something large, and has nothing after it."""
 
     content_type = "text/event-stream"
+    pause_s = 0.0
 
     def __init__(self) -> None:
         self.is_large = True
@@ -728,6 +730,39 @@ class Gzip(SteppedCase):
         self.steps(100)
         self.assertEqual(gzip.decompress(staying.response()[2]), BIG)
         self.assertEqual(self.server.connections, 1)
+
+
+class Turns(unittest.TestCase):
+    """Streams have their turns one after the other, each when its time has come."""
+
+    def setUp(self) -> None:
+        self.turns = StreamTurns()
+        self.first, self.second = mock.Mock(Connection), mock.Mock(Connection)
+        self.turns.add(self.first)
+        self.turns.add(self.second)
+
+    def test_one_that_pauses_for_long_does_not_hold_up_another(self) -> None:
+        self.assertEqual(self.turns.due(1.0), [self.first, self.second])
+        self.turns.put_last(self.first, 11.0)
+        self.turns.put_last(self.second, 1.5)
+        self.turns.find_next(1.25)
+        self.assertEqual((self.turns.next_at, self.turns.due(1.5)), (1.5, [self.second]))
+        self.turns.put_last(self.second, 1.5)
+        self.turns.find_next(1.75)
+        self.assertEqual((self.turns.next_at, self.turns.due(11.0)), (1.75, [self.first, self.second]))
+
+    def test_one_that_pauses_costs_no_turn_meanwhile(self) -> None:
+        self.turns.put_last(self.first, 11.0)
+        self.turns.discard(self.second)
+        self.turns.find_next(1.25)
+        self.assertEqual((self.turns.next_at, self.turns.due(10.9)), (11.0, []))
+        self.turns.add(self.second)
+        self.assertEqual((self.turns.next_at, self.turns.due(1.25)), (0.0, [self.second]))
+
+    def test_one_that_was_closed_in_its_turn_has_no_other(self) -> None:
+        self.turns.discard(self.first)
+        self.turns.put_last(self.first, 0.0)
+        self.assertEqual(list(self.turns), [self.second])
 
 
 class Streams(ServerCase):

@@ -500,6 +500,37 @@ class Narrowed(WatchCase):
         numbers = [event.number for _, event in told]
         self.assertEqual(numbers, sorted(set(numbers)))
 
+    def test_who_sets_it_is_told_in_bundles(self) -> None:
+        """A fifth of it apart, 100 ms at most, so that a page costs few wake-ups; what waits already, at once."""
+        for interval_ms, pause_s in ((0, 0.0), (50, 0.01), (500, 0.1), (3600000, 0.1)):
+            with self.subTest(interval_ms):
+                reader = self.open(f"/watch?min_interval_ms={interval_ms}")
+                self.assertEqual(reader.pause_s, 0.0)
+                reader.read()
+                self.assertAlmostEqual(reader.pause_s, pause_s)
+                names = [f"e{number}" for number in range(MAX_EVENTS_PER_READ + 1)]
+                self.push(*names)
+                self.move(0.1)
+                reader.read()
+                if interval_ms:
+                    self.assertEqual(reader.pause_s, 0.0)
+                reader.read()
+                self.assertAlmostEqual(reader.pause_s, pause_s)
+                reader.close()
+
+    def test_datagrams_wait_for_others_if_nobody_wants_them_at_once(self) -> None:
+        """Of the readers one is enough to have them taken within 2 ms."""
+        reader = self.watching("/watch?min_interval_ms=500")
+        self.move(1.0)
+        self.read(reader)
+        self.assertFalse(self.store.has_impatient_subscriber)
+        impatient = self.watching()
+        self.read(impatient)
+        self.assertTrue(self.store.has_impatient_subscriber)
+        impatient.close()
+        self.read(reader, 1.5)
+        self.assertFalse(self.store.has_impatient_subscriber)
+
     def test_the_last_state_comes_even_if_nothing_follows(self) -> None:
         reader = self.watching("/watch?min_interval_ms=1000")
         self.push("a", pending_tokens_total=1)
