@@ -450,11 +450,19 @@ class Kustomize(unittest.TestCase):
             self.assertEqual(rule["backendRefs"], [{"name": name, "port": port["port"]}])
         stream, _ = route["spec"]["rules"]
         self.assertEqual((stream["matches"][0]["path"]["value"], stream["timeouts"]), ("/watch", {"request": "0s"}))
-        for path_ in (KUSTOMIZE / "ingress" / "network-policy.yaml", KUSTOMIZE / "engines-outside"):
-            policy = path_ if path_.is_file() else path_ / "network-policy.yaml"
-            (document,) = manifests(policy)
-            labels = document["spec"]["podSelector"]["matchLabels"]
-            self.assertLessEqual(labels.items(), gateway_pod()["metadata"]["labels"].items())
+
+    def test_further_policies_let_somebody_in_to_the_gateways_port(self) -> None:
+        paths = sorted(KUSTOMIZE.glob("*/network-policy.yaml"))
+        self.assertGreater(len(paths), 3)
+        for path in paths:
+            (document,) = manifests(path)
+            spec = document["spec"]
+            with self.subTest(path.parent.name):
+                labels = gateway_pod()["metadata"]["labels"]
+                self.assertLessEqual(spec["podSelector"]["matchLabels"].items(), labels.items())
+                for rule in spec["ingress"]:
+                    self.assertTrue(rule["from"])
+                    self.assertEqual([port["port"] for port in rule["ports"]], [config().udp_port])
 
     def test_engines_outside_reach_the_udp_port(self) -> None:
         (outside,) = manifests(KUSTOMIZE / "engines-outside" / "service.yaml")
