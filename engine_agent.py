@@ -1944,6 +1944,8 @@ class VllmAdapter(Adapter):
         self._steps: dict[str, Counted | None] = {}  # of each rank, at the last look at all
         self.tracks_load: bool | None = None  # whether /load counts: known as soon as the engine is busy
         self._load_asked_at = -math.inf
+        self._asks_load = False
+        self._busy_zeros = 0  # answers of /load while it was busy
         self._health_asked_at = -math.inf
 
     def describe(self) -> None:
@@ -1960,15 +1962,11 @@ class VllmAdapter(Adapter):
         """See Adapter."""
         now = time.monotonic()
         look, self._idle_look = self._idle_look, None
-        if look is not None and self.tracks_load is not False:
-            in_flight = self._load()
-            if in_flight == 0:
-                self._loads_alone += 1
-                if self.tracks_load and self._loads_alone < self.LOADS_ALONE:
-                    self._idle_look = look
-                # Without tracking that says nothing, and nothing is said this time.
-                in_flight = 0 if self.tracks_load else HIDDEN
-                return Look(look.readings, at(), in_flight, lacks_ranks=look.lacks_ranks)
+        if look is not None and self._load() == 0:
+            self._loads_alone += 1
+            if self._loads_alone < self.LOADS_ALONE:
+                self._idle_look = look
+            return Look(look.readings, at(), 0, lacks_ranks=look.lacks_ranks)
         look = None
         if self._idle and self._filtered and now - self._full_at < self.FULL_EVERY_S:
             look = self._look(self._filtered_page(self.IDLE), at())
@@ -1983,7 +1981,8 @@ class VllmAdapter(Adapter):
             look.in_flight = self._load()
             self._learn(not idle, look)
         self._idle = idle and not look.in_flight
-        self._idle_look = look if self._idle and not look.asleep and look.in_flight == 0 else None
+        # Without tracking, 0 says nothing.
+        self._idle_look = look if self.tracks_load and self._idle and not look.asleep and look.in_flight == 0 else None
         self._loads_alone = 0
         return look
 
@@ -1994,18 +1993,22 @@ class VllmAdapter(Adapter):
             raise NoAnswer(f"/health is answered with {status}")
 
     def _must_ask_load(self, busy: bool, ranks: int, now: float) -> bool:
-        if self.tracks_load is False and now - self._load_asked_at < 60.0:
-            return False
-        if busy and self.tracks_load is None and now - self._load_asked_at < 1.0:
-            return False
-        return not busy or ranks > 1 or not self.tracks_load
+        if self.tracks_load is None:
+            # While it is idle, every second time: a hang is seen in time all the same.
+            self._asks_load = busy or not self._asks_load
+            return self._asks_load
+        if self.tracks_load is False:
+            return now - self._load_asked_at >= 60.0
+        return not busy or ranks > 1
 
     def _learn(self, busy: bool, look: Look) -> None:
         self._load_asked_at = look.at.at
         if look.in_flight:
             self.tracks_load = True
-        elif busy and look.in_flight == 0 and self.tracks_load is None:
-            self.tracks_load = False  # or another API server has them all; it is asked again
+        elif busy and self.tracks_load is None:
+            # Not tracked, or another API server has them all; it is asked again. Once may be a request that just ended.
+            self._busy_zeros += 1
+            self.tracks_load = False if self._busy_zeros > 1 else None
         if self.tracks_load is False:
             look.in_flight = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 import socket
@@ -21,7 +22,6 @@ import engine_agent
 from engine_agent import (
     ADAPTERS,
     GONE,
-    HIDDEN,
     SERVING,
     SLEEPING,
     STARTING,
@@ -205,6 +205,8 @@ class Vllm(unittest.TestCase):
 
     def test_load_that_is_not_tracked_is_not_asked_for_any_more(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1))
+        self.assertIsNone(self.adapter.tracks_load, "its request may have ended just now")
+        self.look(metrics_=vllm_page(3, 0, 2))
         self.assertIs(self.adapter.tracks_load, False)
         for step in range(9):
             self.assertIsNone(self.look(metrics_=vllm_page(3 * (step % 2), 0, step)).in_flight)
@@ -217,10 +219,34 @@ class Vllm(unittest.TestCase):
         self.assertEqual([self.look().in_flight for _ in range(5)], 5 * [0])
         self.assertEqual([self.look(load={"server_load": 5}).in_flight for _ in range(5)], 5 * [5])
 
-    def test_while_it_is_not_known_whether_load_counts_its_zero_proves_nothing(self) -> None:
-        seen = [self.look().in_flight for _ in range(6)]
-        self.assertEqual(set(seen), {0, HIDDEN})
+    def test_while_it_is_not_known_whether_load_counts_every_look_says_something(self) -> None:
+        """Its zero alone proves nothing then; that it counts shows with the second look."""
+        asked: list[str] = []
+        for _ in range(6):
+            self.assertIn(self.look().in_flight, (0, None))
+            asked += self.client.asked
+        self.assertGreaterEqual(len([one for one in asked if one.startswith("/metrics")]), 6)
         self.assertIn(5, [self.look(load={"server_load": 5}).in_flight for _ in range(2)])
+        self.assertIs(self.adapter.tracks_load, True)
+
+    def test_a_hang_from_idle_is_seen_in_time_whether_or_not_it_was_busy_before(self) -> None:
+        for was_busy, looks in itertools.product((False, True), range(8, 14)):
+            with self.subTest(was_busy=was_busy, looks=looks):
+                self.setUp()
+                sent: list[dict[str, Any]] = []
+                sender = mock.Mock(send=lambda datagram, sent=sent: sent.append(json.loads(datagram)))
+                agent = engine_agent.Agent(settings(), sender, clock=self.clock)
+                agent.identify("e", "m", "vllm 0.33.0")
+                if was_busy:
+                    agent.saw(self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3}))
+                for _ in range(looks):
+                    agent.saw(self.look(metrics_=vllm_page(0, 0, 2), load={"server_load": 0}))
+                before = len(sent)
+                hung_at = self.clock.now
+                while sent[-1]["phase"] == SERVING and self.clock.now - hung_at < 1.4:
+                    agent.saw(self.look(load={"server_load": 2}))
+                self.assertEqual(sent[-1]["phase"], STUCK)
+                self.assertLessEqual(len(sent) - before, 2, "one more as idle, at most")
 
     def test_a_request_that_comes_to_an_idle_engine_is_seen_with_the_next_look(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3})
