@@ -20,9 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from config import MODES
 from datagram_signature import SIGNATURE_REASONS
 from engine_state import REASONS
 from fleet_events import EVENT_KINDS
+from gateway_counters import COUNTERS, OUTCOMES
+from query_server import REJECTIONS
 from state_query import status_page
 from state_watch import MAX_READERS
 from tests.harness import DEADLINE_S, TOP, Daemon, again_and_again, daemon, datagram, free_port, heartbeat, wait_until
@@ -162,8 +165,23 @@ class Strings(unittest.TestCase):
         told = {f"invalid_reasons.{reason}" for reason in REASONS} | {f"event.{kind}" for kind in EVENT_KINDS}
         told |= {f"signature_reasons.{reason}" for reason in SIGNATURE_REASONS}
         told |= {f"phase.{phase}" for phase in ("starting", "draining", "sleeping", "stuck")}
-        told |= {f"do.{section}" for section in sections().values()}
-        self.assertEqual(unused, told, "the reasons come by /stats, the events by /events, the phases with an engine")
+        told |= {f"do.{section}" for section in sections().values()} | set(counter_paths())
+        why = "the reasons come by /stats, the events by /events, the phases with an engine"
+        self.assertEqual((unused - told, told - set(self.strings)), (set(), set()), why)
+
+
+def counter_paths() -> list[str]:
+    """Every counter of /stats, as `section.name` or `name`."""
+    no_counters = {"uptime_s", "stale_threshold_ms", "last_received", "receive_buffer_bytes", "log.enabled"}
+    return [
+        *("total_received", "valid_states", "lost_states"),
+        *(outcome.counter for outcome in OUTCOMES if outcome.counter),
+        *(counter.path for counter in COUNTERS if counter.path not in no_counters),
+        *(f"invalid_reasons.{reason}" for reason in REASONS),
+        *(f"signature_reasons.{reason}" for reason in SIGNATURE_REASONS),
+        *(f"{mode}_received" for mode in MODES),
+        *(f"http.rejections.{reason}" for reason in REJECTIONS),
+    ]
 
 
 def sections() -> dict[str, str]:
@@ -1024,6 +1042,33 @@ class InChromium(unittest.TestCase):
             self.wait_text("#rejected-note", "no fault: duplicates 1$")
             self.browser.click("#counters-title")
             self.wait_text("#counters", r"(?i)rejected: not an object\s+1 \(\+1\)\n")
+
+    def test_every_counter_is_that_of_the_statistics(self) -> None:
+        """Each counter of /stats is on the page, with a name in words, and exactly as it is, however large."""
+        words = "return Object.fromEntries(arguments[0].map((path) => [path, nameOf(path)]))"
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            for turn in range(3):
+                running.send(*(datagram(engine_id=f"e{n}", timestamp_ms=turn) for n in range(5)), b"junk", b"{}")
+            running.send(heartbeat(engine_id="e1"), datagram(engine_id="e2", timestamp_ms=2), datagram(more=[1]))
+            running.wait_received(24)
+            self.open(running)
+            self.wait_text("#live", "^6$")
+            self.browser.click("#counters-title")
+            self.until("samples.length > 1")
+            shown = self.browser.run("""
+              const pairs = [...document.querySelectorAll("#counters div")].map((one) => [...one.children]);
+              return pairs.map(([name, value]) => [name.textContent, value.textContent.replace(/ \\(\\+.*/, "")])""")
+            stats = self.browser.run("return samples.at(-1).stats")
+            named = self.browser.run(words, counter_paths())
+            on_page = {name.removeprefix("Rejected: "): value for name, value in shown}
+            for path in counter_paths():
+                value = stats
+                for part in path.split("."):
+                    value = value[part]
+                expected = "unknown" if value is None else f"{value:,}"
+                self.assertEqual(on_page[named[path]], expected, path)
+            self.assertEqual(self.browser.run("return exact(9007199254740991)"), "9,007,199,254,740,991")
+            self.assertEqual(len(shown), len(counter_paths()), "and nothing else")
 
     def test_by_keyboard(self) -> None:
         """An engine is opened by Enter and closed by Escape, and the focus is where it was; Enter sorts."""
