@@ -802,6 +802,7 @@ class InChromium(unittest.TestCase):
                     one = datagram(engine_id="both", timestamp_ms=turn, pending_tokens_total=turn)
                     socks[turn % 2].sendto(one, ("127.0.0.1", running.udp_port))
                     running.wait_received(turn + 1)
+            wait_until("the event", lambda: "conflict" in [event["event"] for event in running.ask("/events").json])
             self.open(running)
             note = self.wait_text("#notices", r"Several senders use one engine_id \(1; the first from 127")
             self.assertEqual({int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", note)}, set(ports))
@@ -937,9 +938,9 @@ class InChromium(unittest.TestCase):
                 datagram(engine_id="c", timestamp_ms=2, phase="sleeping", model="Deep-Thought", role="prefill")
             )
             for found in ("deep-thought", "role=prefill", "PREFILL", "sleeping"):
-                self.open(running, f"#find={found}")
+                self.browser.run("location.hash = 'find=' + arguments[0]", found)
                 wait_until(f"the one found by {found}", lambda: self.names() == ["c"])
-            self.open(running, "?lang=zh&theme=dark#find=balanced")
+            self.browser.run("location.hash = 'find=balanced'")
             wait_until("the one", lambda: self.names() == ["a"])
             source = self.cells("a")["source"]
             self.open(running, f"?lang=en#find={source}")
