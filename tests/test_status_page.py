@@ -284,6 +284,12 @@ class Browser:
         """What a command of the browser's own protocol answers."""
         return self._call("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
 
+    def point(self, x: float, y: float) -> None:
+        """Move the mouse there."""
+        move = {"type": "pointerMove", "x": round(x), "y": round(y), "duration": 0}
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
+        self._call("POST", "/actions", {"actions": [mouse]})
+
     def resize(self, width: int, height: int) -> None:
         """Make the view so large, below what a window can be."""
         self.command(
@@ -1110,6 +1116,61 @@ class InChromium(unittest.TestCase):
                     (one) => one.getClientRects().length);
                   return shown.filter((one) => one.getBoundingClientRect().right > innerWidth).length""")
                 self.assertEqual(outside, 0, width)
+
+    def test_nothing_jumps_while_a_fleet_flaps(self) -> None:
+        """Notices come and go, counts and rows change, and no box moves: from the first picture on."""
+        watching = """
+          globalThis.shift = 0;
+          globalThis.moved = [];
+          new PerformanceObserver((list) => {
+            for (const { value, sources } of list.getEntries()) {
+              shift += value;
+              moved.push([value, ...sources.map(({ node }) => node?.id || node?.className || node?.nodeName)]);
+            }
+          }).observe({ type: "layout-shift", buffered: true });"""
+        script = self.browser.command("Page.addScriptToEvaluateOnNewDocument", source=watching)
+        try:
+            with self.gateway(STALE_THRESHOLD=400, EXPIRE_AFTER=1200) as running:
+
+                def push(turn: int) -> None:
+                    there = (n for n in range(200) if (n + turn // 20) % 3)
+                    running.send(*(datagram(engine_id=f"engine-{n}", timestamp_ms=turn) for n in there), b"junk")
+
+                with again_and_again(0.1, push):
+                    self.open(running)
+                    self.wait_text("#notices", "Silent, and removed if that lasts")
+                    self.wait_text("#notices", "Removed after falling silent")
+                    said = "document.querySelector('#notices').firstChild.innerText"
+                    for _ in range(5):
+                        before = self.browser.run(f"return {said}")
+                        self.until(f"{said} !== arguments[0]", before)
+                    self.until("events.length > 100 && samples.length > 2")
+                moved = self.browser.run("return moved")
+                self.assertLess(self.browser.run("return shift"), 0.05, moved)
+        finally:
+            self.browser.command("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
+
+    def test_no_row_moves_under_the_pointer(self) -> None:
+        """Sorted by what changes, rows stay while the pointer is over them, and settle when it leaves."""
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            running.send(*(datagram(engine_id=f"e{n}", pending_tokens_total=n) for n in range(5)))
+            self.open(running)
+            self.wait_rows(5)
+            self.browser.click("th.pending button")
+            wait_until("the busiest first", lambda: self.names() == ["e4", "e3", "e2", "e1", "e0"])
+            self.browser.run("document.querySelector('#table').scrollIntoView()")
+            box = self.browser.run("return document.querySelector('#rows tr').getBoundingClientRect().toJSON()")
+            self.browser.point(box["x"] + 600, box["y"] + 10)
+            self.until("isOver")
+            busy = [
+                datagram(engine_id=f"e{n}", timestamp_ms=2_000_000_000, pending_tokens_total=9 - n) for n in range(5)
+            ]
+            running.send(*busy, datagram(engine_id="new", pending_tokens_total=50))
+            self.wait_cell("e0", "pending", "^9$")
+            self.wait_cell("new", "pending", "^50$")
+            self.assertEqual(self.names(), ["e4", "e3", "e2", "e1", "e0", "new"])
+            self.browser.point(5, 5)
+            wait_until("the order of now", lambda: self.names() == ["new", "e0", "e1", "e2", "e3", "e4"])
 
     def test_a_thousand_engines(self) -> None:
         """They are all there, few are in the document, and frames go on while each pushes five times a second."""
