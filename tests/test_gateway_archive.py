@@ -52,6 +52,7 @@ class Archive(unittest.TestCase):
                 self.assertEqual(running.ask("/engines").json["engines"]["test"]["status"], "live")
                 page = running.ask("/")
                 self.assertEqual((page.status, page.body), (200, (TOP / "status_page.html").read_bytes()))
+                self.assertEqual(running.ask("/status-feed.js").status, 200)
                 self.assertIn("sha256-", page.headers["Content-Security-Policy"])
                 self.assertEqual(running.stop(), 0)
         self.assertEqual({path.name for path in self.folder.iterdir()}, {"gateway.pyz", "engine_states.jsonl"})
