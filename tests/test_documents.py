@@ -210,7 +210,7 @@ class Tables(unittest.TestCase):
         self.assertEqual(set(schemas["PastState"]["properties"]), {*(field.name for field in FIELDS), "received_ms"})
 
     def test_the_page_lists_the_parameters_of_every_path(self) -> None:
-        shown = {code(row[0])[0]: code(row[1]) for row in table("docs/http.md", "## Asking it", 1)}
+        shown = {code(row[0])[0]: code(row[1]) for row in table("docs/http.md", "## Ask it", 1)}
         known = {
             name: [route.path for route in state_query.ROUTES if name in (route.parameters or ())]
             for name in PARAMETERS
@@ -223,7 +223,7 @@ class Tables(unittest.TestCase):
         shown = [(code(row[0])[0], row[1]) for row in table("docs/http.md", "### An event at `/events`", 1)]
         self.assertEqual(shown, list(EVENT_KINDS.items()))
         paths = openapi_document(state_query.ROUTES, "1.0")["paths"]
-        events = [code(row[0])[0] for row in table("docs/http.md", "## Watching")]
+        events = [code(row[0])[0] for row in table("docs/http.md", "## Watch it")]
         self.assertEqual(events, list(paths["/watch"]["get"]["x-events"]))
 
     def test_the_page_names_what_a_table_of_engines_can_be_asked(self) -> None:
@@ -232,7 +232,7 @@ class Tables(unittest.TestCase):
             self.assertLessEqual(names, set(re.findall(r"\w+", " ".join(code(prose(page))))), page)
 
     def test_the_page_lists_every_status(self) -> None:
-        shown = [row[0] for row in table("docs/http.md", "## Asking it", 2)]
+        shown = [row[0] for row in table("docs/http.md", "## Ask it", 2)]
         paths = openapi_document(state_query.ROUTES, "1.0")["paths"].values()
         self.assertEqual(shown, sorted({status for path in paths for status in path["get"]["responses"]} - {"200"}))
 
