@@ -106,9 +106,12 @@ class Stream(Protocol):
         """The reader is gone; twice is harmless."""
 
 
+_encode_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each answer
+
+
 def json_answer(document: object, status: int = 200) -> Answer:
     """A JSON document, with a newline at its end for those who read it in a terminal."""
-    return Answer(status, json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    return Answer(status, _encode_json(document).encode("utf-8", "replace") + b"\n")
 
 
 def error_answer(status: int, message: str) -> Answer:
@@ -184,6 +187,7 @@ def _too_long_a_line() -> BadRequest:
     return BadRequest(414, f"the request line is longer than {MAX_REQUEST_LINE_BYTES} bytes")
 
 
+@functools.lru_cache(64)  # each is looked at twice, and readers ask the same again and again
 def _parse_request_line(line: bytes) -> tuple[str, str, bool]:
     """Method, target, and whether it is HTTP/1.0."""
     if len(line) > MAX_REQUEST_LINE_BYTES:

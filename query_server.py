@@ -354,6 +354,8 @@ class QueryServer:
 
     def _pump_streams(self) -> None:
         """Send what streams have, if their readers have taken all before and there is room for it."""
+        if not self._streams:
+            return
         now = self._clock()
         if now < self._streams.next_at:
             return
