@@ -1,13 +1,16 @@
 """Offers states to a UDP port at a rate; with UDP segmentation offload one send carries many, so it is not the limit.
 
 python3 sender.py PORT RATE SECONDS ENGINES     RATE 0 = as fast as it goes; prints what was sent as JSON
+    python3 sender.py PORT RATE SECONDS ENGINES KEY each signed, as an agent with that line of a KEYS_FILE does
     python3 sender.py PORT spread SECONDS ENGINES   each engine every 200 ms, one by one at even distances
     python3 sender.py PORT together SECONDS ENGINES each engine every 200 ms, all of them one after another
 """
 
 from __future__ import annotations
 
+import hmac
 import json
+import secrets
 import socket
 import struct
 import sys
@@ -16,6 +19,29 @@ import time
 UDP_SEGMENT = 103  # Linux; not in the socket module
 # Where every engine's timestamps begin, 13 digits; later than another sender's ended.
 CLOCK = time.time_ns() // 1_000_000
+
+
+FIRST_SEQ = 1_000_000  # so that all have as many digits
+
+
+class Signer:
+    """What an agent adds to a state when it signs."""
+
+    def __init__(self, key: str) -> None:
+        """`key` is a line of a KEYS_FILE."""
+        self._key_id, digits, *_ = key.split()
+        self._key = bytes.fromhex(digits)
+        self._boot = secrets.token_hex(8)
+
+    def signed(self, state: bytes, turn: int) -> bytes:
+        """The datagram with boot, seq, phase and what else an agent says, and its signature."""
+        text = (
+            b'%b, "boot": "%b", "seq": %d, "phase": "serving", "model": "a-model", "num_requests_running": 3,'
+            b' "num_requests_waiting": 0, "engine": "vllm 0.11.2", "agent": "1.0.0"'
+            % (state[:-1], self._boot.encode(), FIRST_SEQ + turn)
+        )
+        code = hmac.digest(self._key, text, "sha256")[:16].hex()
+        return b'%b, "sig": "%b:%b"}' % (text, self._key_id.encode(), code.encode())
 
 
 def templates(engines: int) -> list[tuple[bytes, bytes]]:
@@ -37,10 +63,11 @@ def templates(engines: int) -> list[tuple[bytes, bytes]]:
     return parts
 
 
-def send(port: int, rate: float, seconds: float, engines: int) -> dict[str, float]:
+def send(port: int, rate: float, seconds: float, engines: int, signer: Signer | None = None) -> dict[str, float]:
     """Send for so many seconds; returns how many were sent, and in what time."""
     parts = templates(engines)
-    size = len(parts[0][0]) + 13 + len(parts[0][1])
+    first = b"%b%d%b" % (parts[0][0], CLOCK, parts[0][1])
+    size = len(first if signer is None else signer.signed(first, 0))
     many = min(64, 60_000 // size)
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.connect(("127.0.0.1", port))
@@ -55,7 +82,8 @@ def send(port: int, rate: float, seconds: float, engines: int) -> dict[str, floa
         datagrams = []
         for _ in range(count):
             before, after = parts[number]
-            datagrams.append(b"%b%d%b" % (before, CLOCK + turn, after))
+            state = b"%b%d%b" % (before, CLOCK + turn, after)
+            datagrams.append(state if signer is None else signer.signed(state, turn))
             number += 1
             if number == engines:
                 number = 0
@@ -97,7 +125,8 @@ def main() -> None:
     if rate in ("spread", "together"):
         print(json.dumps(send_every_200_ms(port, rate == "spread", seconds, engines)))
     else:
-        print(json.dumps(send(port, float(rate), seconds, engines)))
+        signer = Signer(sys.argv[5]) if len(sys.argv) > 5 else None
+        print(json.dumps(send(port, float(rate), seconds, engines, signer)))
 
 
 if __name__ == "__main__":
