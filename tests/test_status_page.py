@@ -817,6 +817,8 @@ class InChromium(unittest.TestCase):
             self.wait_text("#notices", r"What to do: Find the two senders.*docs/troubleshooting\.md#conflict")
             self.wait_text("#notices .lines", r"^both: from 127\.0\.0\.1:\d+ and 127\.0\.0\.1:\d+$")
             self.wait_text("#usable-note", "conflict 1")
+            self.browser.click("#events-title")
+            self.wait_text("#event-list", r"both from 127\.0\.0\.1:\d+ and 127\.0\.0\.1:\d+")
             self.open(running, "?lang=zh#engine=both")
             self.wait_text("#notices", r"第一个 来自 127\.0\.0\.1:\d+ 和 127\.0\.0\.1:\d+）")
             self.wait_text("#fields", r"来自 127\.0\.0\.1:\d+ 和 127\.0\.0\.1:\d+ \(冲突\)")
@@ -893,13 +895,14 @@ class InChromium(unittest.TestCase):
             running.send(datagram(engine_id="a"), datagram(engine_id="b", phase="stuck"), b"junk")
             for width, height in ((1280, 720), (1920, 1080), (3840, 2160)):
                 self.browser.resize(width, height)
-                self.open(running, "?kiosk=1")
+                self.open(running, "?kiosk=1#engine=a")
                 self.wait_text("#live", "^1$")
                 self.wait_text("#notices", "(?s)Stuck.*Invalid datagrams")
                 controls = self.browser.run("""
                   const shown = [...document.querySelectorAll("button, input, select, summary")];
                   return shown.filter((one) => one.checkVisibility()).length""")
                 self.assertEqual(controls, 0)
+                self.assertFalse(self.browser.run("return document.querySelector('#engine').open"))
                 whole = self.browser.run("""
                   const { documentElement: page } = document, list = document.querySelector("#event-list");
                   return [page.scrollWidth <= innerWidth, page.scrollHeight <= innerHeight + 1,
@@ -921,11 +924,13 @@ class InChromium(unittest.TestCase):
             running.send(heartbeat(engine_id="http://10.77.0.99:8000"), b"junk", b"{}", b"[]")
             found: list[str] = []
             for language in ("en", "zh"):
+                self.open(running, f"?lang={language}")
+                self.until("past.length > 0 && samples.length > 0 && engines.size === 16")
+                self.wait_text("#rejected", "^3$")
+                self.browser.run("document.querySelector('#events').open = true")
                 for width in (390, 1024, 1280, 1440, 1920):
                     self.browser.resize(width, 900)
-                    self.open(running, f"?lang={language}")
-                    self.until("past.length > 0 && samples.length > 1 && engines.size === 16")
-                    self.browser.run("document.querySelector('#events').open = true")
+                    self.until("innerWidth === arguments[0]", width)
                     self.browser.run("document.querySelector('#table').scrollIntoView()")
                     self.until("document.querySelector('#rows tr:nth-child(5)') !== null")
                     cut = self.browser.run(CUT)
