@@ -1565,7 +1565,7 @@ class EngineTable:
         """
         shown_at = entry._shown_at
         for other in witnesses:
-            limit = other._shown_at + entry._gateway.round_trip_s
+            limit = other._shown_at + min(entry._gateway.round_trip_s, CONFIDENCE_S)
             if limit < shown_at and (
                 now - other._gateway.arrived_at <= REACHABLE_S
                 and other._fields["timestamp_ms"] == entry._fields["timestamp_ms"]
