@@ -11,7 +11,7 @@ from config import MODES, PREFIX, Config
 from sockets import (
     format_address,
     granted_receive_buffer,
-    has_no_ipv4,
+    is_ipv6_only,
     listen_address,
     open_tcp_sockets,
     open_udp_sockets,
@@ -48,7 +48,7 @@ class BoundPorts:
                 self._config.bind_address,
             )
         self._bind_patiently()
-        if self.address == "0.0.0.0" and has_no_ipv4():
+        if self.address == "0.0.0.0" and is_ipv6_only():
             logger.warning(
                 "this host has no IPv4 address besides the loopback's, so that no other host reaches 0.0.0.0: set"
                 " %sBIND_ADDRESS=::, which takes IPv6 as well",

@@ -30,6 +30,7 @@ _SO_RCVBUFFORCE = 33  # Linux; not in the socket module
 _SIOCGIFCONF = 0x8912  # Linux: the IPv4 addresses of all interfaces
 _IFREQ_BYTES = 16 + max(16, struct.calcsize("2LH3B0L"))
 _MAX_IFREQS = 1024
+_IPV6_LOOPBACK = "1".zfill(32)
 
 
 class SocketLost(Exception):
@@ -149,10 +150,13 @@ def granted_receive_buffer(sock: socket.socket) -> int:
     return size // 2 if sys.platform == "linux" else size  # Linux doubles it, for its own bookkeeping
 
 
-def has_no_ipv4() -> bool:
-    """Whether this host has no IPv4 address but the loopback's; False if that cannot be found out."""
+def is_ipv6_only() -> bool:
+    """Whether this host has IPv6 addresses and, but for the loopback's, no IPv4 one; False if that cannot be found out.
+
+    A host that has nothing but its loopbacks is not meant: nobody else reaches it, whatever it listens on.
+    """
     try:
-        return all(one[0] == 127 for one in _ipv4_addresses())
+        return bool(_ipv6_addresses() - {_IPV6_LOOPBACK}) and all(one[0] == 127 for one in _ipv4_addresses())
     except OSError:
         return False
 
@@ -166,3 +170,9 @@ def _ipv4_addresses() -> set[bytes]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         (size, _) = struct.unpack("iP", fcntl.ioctl(sock, _SIOCGIFCONF, request))
     return {found[start + 20 : start + 24].tobytes() for start in range(0, size, _IFREQ_BYTES)}
+
+
+def _ipv6_addresses() -> set[str]:
+    """The IPv6 addresses of this host as 32 hex digits; raises OSError if they cannot be found out."""
+    with open("/proc/net/if_inet6", encoding="ascii") as lines:
+        return {line.split()[0] for line in lines}

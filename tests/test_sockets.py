@@ -19,7 +19,7 @@ from sockets import (
     format_address,
     format_peer,
     granted_receive_buffer,
-    has_no_ipv4,
+    is_ipv6_only,
     listen_address,
     open_tcp_sockets,
     open_udp_sockets,
@@ -205,11 +205,6 @@ class InANamespace(FolderCase):
         self.assertIn("VLLM_STATE_GATEWAY_BIND_ADDRESS=::", warnings[0])
         self.assertEqual(running.stop(), 0)
 
-    def test_a_host_without_any_address_is_warned_too(self) -> None:
-        """Its first may be an IPv6 one."""
-        running = self.start()
-        self.assertIn("VLLM_STATE_GATEWAY_BIND_ADDRESS=::", "".join(running.lines))
-
     def test_ipv6_only_as_the_warning_says(self) -> None:
         self.give_addresses("fd00::5/64")
         running = self.start(BIND_ADDRESS="::")
@@ -280,19 +275,27 @@ class OwnAddresses(unittest.TestCase):
     """Whether this host can be reached by IPv4."""
 
     def test_addresses_decide(self) -> None:
-        lo, other = b"\x7f\0\0\1", b"\x0a\0\0\1"
-        for addresses, has_none in (({lo}, True), (set(), True), ({lo, other}, False), ({other}, False)):
+        lo4, other4 = b"\x7f\0\0\1", b"\x0a\0\0\1"
+        lo6, other6 = "1".zfill(32), "fd00".ljust(32, "0")
+        for ipv4, ipv6, only in (
+            ({lo4}, {lo6, other6}, True),
+            (set(), {lo6, other6}, True),
+            ({lo4}, {lo6}, False),
+            ({lo4}, set(), False),
+            ({lo4, other4}, {lo6, other6}, False),
+        ):
             with (
-                self.subTest(addresses=addresses),
-                mock.patch("sockets._ipv4_addresses", return_value=addresses),
+                self.subTest(ipv4=ipv4, ipv6=ipv6),
+                mock.patch("sockets._ipv4_addresses", return_value=ipv4),
+                mock.patch("sockets._ipv6_addresses", return_value=ipv6),
             ):
-                self.assertEqual(has_no_ipv4(), has_none)
+                self.assertEqual(is_ipv6_only(), only)
 
     def test_an_answer_that_cannot_be_had_is_no_warning(self) -> None:
         with mock.patch("sockets.fcntl.ioctl", side_effect=OSError(errno.EPERM, "no")):
-            self.assertFalse(has_no_ipv4())
+            self.assertFalse(is_ipv6_only())
         with mock.patch("sockets.sys.platform", "darwin"):
-            self.assertFalse(has_no_ipv4())
+            self.assertFalse(is_ipv6_only())
 
 
 if __name__ == "__main__":
