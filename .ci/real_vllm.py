@@ -344,6 +344,20 @@ class Trial:
         assert capacity > 0, "no capacity was measured with requests waiting"
         return f"{took}; pending exact in {exact} states of the plugin; {capacity:.0f} tokens/s"
 
+    def unusable(self, begin: float, names: Sequence[str] = (PLUGIN, SIDECAR)) -> str:
+        """Wait until it is said to be stuck and readers see it, and a second more, in which nobody sees it usable."""
+        said = self.both("stuck", begin, phase("stuck"), 4, names)
+        said += self.readers("not usable", begin, False, 4, names)
+        time.sleep(1.0)
+        self.never_usable(begin + 1.6, names)
+        return said
+
+    def usable_again(self) -> str:
+        """Wait until it is said to serve, as of now, and readers see it."""
+        begin = time.time()
+        said = "; " + self.both("serving again", begin, phase("serving"), BACK_S)
+        return said + self.readers("usable again", begin, True, BACK_S)
+
     def hung_while_busy(self) -> str:
         """The core stops while requests run."""
         with clients(self.server, 8, 100, 800):
@@ -351,16 +365,11 @@ class Trial:
             self.both("serving", begin, lambda one: one["num_requests_running"] == MOST_RUNNING, 30)
             with self.server.stopped():
                 stopped = time.time()
-                said = self.both("stuck", stopped, phase("stuck"), 4)
-                said += self.readers("not usable", stopped, False, 4)
-                time.sleep(1.0)
-                self.never_usable(stopped + 1.6)
+                said = self.unusable(stopped)
                 for name in (PLUGIN, SIDECAR):
                     late = [state for at, state in self.ears.since(stopped + 1.6, name) if state["phase"] != "stuck"]
                     assert not late, late
-            begin = time.time()
-            said += "; " + self.both("serving again", begin, phase("serving"), BACK_S)
-            said += self.readers("usable again", begin, True, BACK_S)
+            said += self.usable_again()
         return said
 
     def one_rank_hangs(self) -> str:
@@ -370,13 +379,8 @@ class Trial:
             self.both("both ranks work", begin, lambda one: one["num_requests_running"] == 2 * MOST_RUNNING, 30)
             with self.server.stopped():
                 stopped = time.time()
-                said = self.both("stuck", stopped, phase("stuck"), 4)
-                said += self.readers("not usable", stopped, False, 4)
-                time.sleep(1.0)
-                self.never_usable(stopped + 1.6)
-            begin = time.time()
-            said += "; " + self.both("serving again", begin, phase("serving"), BACK_S)
-            said += self.readers("usable again", begin, True, BACK_S)
+                said = self.unusable(stopped)
+            said += self.usable_again()
         return said
 
     def hung_from_idle(self) -> str:
@@ -387,16 +391,11 @@ class Trial:
             begin = time.time()
             waiting = clients(self.server, 3, 50, 4)
             waiting.__enter__()
-            said = self.both("stuck", begin, phase("stuck"), 4, self.sees_idle_hang)
-            said += self.readers("not usable", begin, False, 4, self.sees_idle_hang)
-            time.sleep(1.0)
-            self.never_usable(begin + 1.6, self.sees_idle_hang)
+            said = self.unusable(begin, self.sees_idle_hang)
             for name in self.sees_idle_hang:
                 late = [state for at, state in self.ears.since(begin + 1.6, name) if state["phase"] != "stuck"]
                 assert not late, late
-        begin = time.time()
-        said += "; " + self.both("serving again", begin, phase("serving"), BACK_S)
-        said += self.readers("usable again", begin, True, BACK_S)
+        said += self.usable_again()
         waiting.__exit__(None, None, None)
         return said
 
