@@ -2026,14 +2026,18 @@ class VllmAdapter(Adapter):
         if self._filtered:
             more = self.STATIC if now - self._static_at >= self.STATIC_EVERY_S else ()
             page = self._filtered_page(self.MOVING + more)
-            if page.has("vllm:num_requests_running"):
+            if self._says_load(page):
                 self._learn_static(page, now)
                 return page
         page = Page(self._pattern, _metrics(self.client, "/metrics"))
-        if page.has("vllm:num_requests_running"):
+        if self._says_load(page):
             self._filtered = False  # the whole page says more than the filtered one: several API servers
             self._learn_static(page, now)
         return page
+
+    @staticmethod
+    def _says_load(page: Page) -> bool:
+        return page.has("vllm:num_requests_running") or page.has("vllm:iteration_tokens_total_count")
 
     def _learn_static(self, page: Page, now: float) -> None:
         found = page.labels("vllm:cache_config_info")
@@ -2049,12 +2053,18 @@ class VllmAdapter(Adapter):
         self.model = (label_of(running[0], "model_name") if running else None) or self.model
 
     def _look(self, page: Page, at: Proof) -> Look:
-        page.need("vllm:num_requests_running")
         running = page.by("engine", "vllm:num_requests_running")
         waiting = page.by("engine", "vllm:num_requests_waiting")
         usage = page.by("engine", "vllm:kv_cache_usage_perc") or page.by("engine", "vllm:gpu_cache_usage_perc")
         awake = page.by("engine", "vllm:engine_sleep_state", sleep_state="awake")
         columns = {name: page.by("engine", name) for name in self.MOVING if name.endswith(("_sum", "_count"))}
+        for engine, steps_made in columns["vllm:iteration_tokens_total_count"].items():
+            # With several API servers a rank has gauges from its first step on, and none before. A counter that says 0
+            # steps proves that nothing ran yet and that every block is free; without that proof it stays unknown.
+            if steps_made == 0 and engine not in running and engine not in waiting:
+                running[engine] = waiting[engine] = usage[engine] = 0.0
+        if not running:
+            page.need("vllm:num_requests_running")  # raises
         readings = []
         for number, engine in enumerate(sorted(running, key=lambda one: (len(one), one))):
             if engine not in waiting:
@@ -2083,8 +2093,7 @@ class VllmAdapter(Adapter):
                     tokens=None if steps is None else steps.total,
                 )
             )
-        # With several API servers a rank has no gauges before its first request.
-        lacks_ranks = len(readings) < self._ranks
+        lacks_ranks = len(readings) < self._ranks  # the others say nothing of themselves
         return Look(readings, at, asleep=bool(awake) and not any(awake.values()), lacks_ranks=lacks_ranks)
 
 
@@ -2281,12 +2290,15 @@ class MetricsAdapter(Adapter):
     last_step_tokens: tuple[str, ...] = ()  # gauges of the last step
     tokens: tuple[str, ...] = ()  # counters
     blocks: tuple[str, str] | None = None  # gauges of free and of all blocks
+    steps_gauges: tuple[str, ...] = ()  # gauges that a step sets, and nothing else: they prove that it moves, too
+    more: tuple[str, ...] = ()  # what else is read
 
     def __init__(self, client: EngineClient) -> None:
         super().__init__(client)
         histograms = (self.step_times, self.step_tokens, self.prompts if isinstance(self.prompts, str) else None)
         names = {f"{name}_{part}" for name in histograms if name for part in ("sum", "count")}
         names |= {*self.running, *self.waiting, *self.last_step_tokens, *self.tokens, *(self.blocks or ())}
+        names |= {*self.steps_gauges, *self.more}
         names |= {self.step_seconds or "", *(self.prompts if isinstance(self.prompts, tuple) else ())} - {""}
         self._pattern = Page.pattern(sorted(names))
         self._last_steps = Counted(0.0, 0)
@@ -2295,8 +2307,10 @@ class MetricsAdapter(Adapter):
         """See Adapter."""
         page = Page(self._pattern, _metrics(self.client, self.path))
         now = at()
-        running = int(sum(map(page.need, self.running)))
-        waiting = int(page.need(self.waiting[0]) + sum(page.total(name) or 0.0 for name in self.waiting[1:]))
+        running = waiting = 0
+        if not self.is_untouched(page):
+            running = int(sum(map(page.need, self.running)))
+            waiting = int(page.need(self.waiting[0]) + sum(page.total(name) or 0.0 for name in self.waiting[1:]))
         tokens = [page.total(name) for name in self.tokens]
         reading = Reading(running, waiting)
         reading.tokens = None if None in tokens else sum(one or 0.0 for one in tokens)
@@ -2310,8 +2324,9 @@ class MetricsAdapter(Adapter):
         if self.step_seconds is not None:
             seconds = page.total(self.step_seconds)
             reading.step_ms = None if seconds is None or running == 0 else 1000 * seconds
-        # Counters only: gauges of a queue move while the engine stands still.
-        reading.marker = (reading.tokens, reading.step_times, reading.step_tokens, reading.prompts)
+        # No gauges of a queue: they move while the engine stands still.
+        steps = tuple(page.total(name) for name in self.steps_gauges)
+        reading.marker = (reading.tokens, reading.step_times, reading.step_tokens, reading.prompts, steps)
         last = [page.total(name) for name in self.last_step_tokens]
         if last and running and None not in last:
             self._last_steps = Counted(
@@ -2324,6 +2339,10 @@ class MetricsAdapter(Adapter):
             reading.total = -1 if total_blocks is None else int(total_blocks)
         self.add(reading, page)
         return Look([reading], now)
+
+    def is_untouched(self, page: Page) -> bool:
+        """Whether the page proves that no request ever came, though it has no gauges yet."""
+        return False
 
     def add(self, reading: Reading, page: Page) -> None:
         """What is particular to the kind."""
@@ -2345,7 +2364,10 @@ class TensorRtAdapter(MetricsAdapter):
         "num_requests_running": "trtllm_num_requests_running",
         "num_requests_waiting": "trtllm_num_requests_waiting",
     }
-    hints = ("return_perf_metrics: true and a first request: its metrics have no numbers before",)
+    hints = (
+        "enable_iter_perf_stats: true and return_perf_metrics: true: without them its page has no numbers",
+        "a first request, such as a readiness probe that completes a token: its page has no numbers before",
+    )
     path = "/prometheus/metrics"
     running = ("trtllm_num_requests_running",)
     waiting = ("trtllm_num_requests_waiting",)
@@ -2354,6 +2376,8 @@ class TensorRtAdapter(MetricsAdapter):
     last_step_tokens = ("trtllm_total_context_tokens", "trtllm_num_generation_requests")
     tokens = ("trtllm_prompt_tokens_total", "trtllm_generation_tokens_total")
     blocks = ("trtllm_kv_cache_free_blocks", "trtllm_kv_cache_max_blocks")
+    # Its counters move only when a request ends, which may take minutes.
+    steps_gauges = ("trtllm_iteration_latency_seconds", "trtllm_kv_cache_used_blocks", *last_step_tokens)
 
     def describe(self) -> None:
         """See Adapter."""
@@ -2362,7 +2386,7 @@ class TensorRtAdapter(MetricsAdapter):
 
 
 class TgiAdapter(MetricsAdapter):
-    """Text Generation Inference. Its capacity is in /info alone, in tokens."""
+    """Text Generation Inference. While a batch is prefilled it is in no gauge: what began and did not end tells."""
 
     kind = "tgi"
     prefixes = (b"tgi_",)
@@ -2371,7 +2395,7 @@ class TgiAdapter(MetricsAdapter):
         "scheduling_mode": "not known: latency_optimized",
         "pending_tokens_total": "tgi_queue_size x mean prompt of the last minute: an estimate",
         "kv_cache_free_blocks": "tgi_batch_current_max_tokens of the total, in tokens: what is set aside",
-        "kv_cache_total_blocks": "max_batch_total_tokens of /info, in tokens",
+        "kv_cache_total_blocks": "tgi_batch_max_total_tokens, or max_batch_total_tokens of /info, in tokens",
         "engine_capacity": "tokens of requests that ended, greatest rate of a second with requests waiting",
         "num_requests_running": "tgi_batch_current_size",
         "num_requests_waiting": "tgi_queue_size",
@@ -2380,15 +2404,15 @@ class TgiAdapter(MetricsAdapter):
     waiting = ("tgi_queue_size",)
     prompts = "tgi_request_input_length"
     step_times = "tgi_request_mean_time_per_token_duration"
-    tokens = ("tgi_request_input_length_sum", "tgi_request_generated_tokens_sum", "tgi_batch_current_max_tokens")
+    tokens = ("tgi_request_input_length_sum", "tgi_request_generated_tokens_sum")
+    more = (
+        *("tgi_batch_current_max_tokens", "tgi_batch_max_total_tokens"),
+        *("tgi_request_count", "tgi_batch_forward_duration_count"),
+        *("tgi_batch_inference_count", "tgi_batch_inference_success", "tgi_batch_inference_failure"),
+    )
 
     def __init__(self, client: EngineClient) -> None:
         super().__init__(client)
-        self._pattern = Page.pattern(
-            [*self.running, *self.waiting, *self.tokens]
-            + [f"{name}_{part}" for name in (self.prompts, self.step_times) for part in ("sum", "count")]
-            + ["tgi_batch_inference_count", "tgi_batch_forward_duration_count"]
-        )
         self._total: int | None = None
 
     def describe(self) -> None:
@@ -2399,22 +2423,34 @@ class TgiAdapter(MetricsAdapter):
         total = _number_in(info, "max_batch_total_tokens") if isinstance(info, dict) else None
         self._total = int(total) if total is not None and total > 0 else None
 
+    def is_untouched(self, page: Page) -> bool:
+        """See MetricsAdapter. A metric is on its page from its first value on; that of all tokens from the start."""
+        if self._total is None and not page.has("tgi_batch_max_total_tokens"):
+            return False  # of another backend, or not its page
+        return not any(map(page.has, ("tgi_request_count", *self.running, *self.waiting)))
+
     def add(self, reading: Reading, page: Page) -> None:
         """See MetricsAdapter."""
-        done = [page.total(name) for name in self.tokens[:2]]
-        reading.tokens = None if None in done else sum(one or 0.0 for one in done)
+        began = page.total("tgi_batch_inference_count")
+        ended = sum(page.total(f"tgi_batch_inference_{end}") or 0.0 for end in ("success", "failure"))
         # Steps, which move long before a request ends.
-        reading.marker = (
-            page.total("tgi_batch_inference_count"), page.total("tgi_batch_forward_duration_count"), reading.marker,
-        )  # fmt: skip
+        reading.marker = (began, ended, page.total("tgi_batch_forward_duration_count"), reading.marker)
+        if began is not None and 0 < ended < began:
+            reading.running = max(1, reading.running)
         used = page.total("tgi_batch_current_max_tokens")
-        if self._total is not None:
-            reading.total = self._total
-            reading.free = -1 if used is None else max(0, self._total - int(used))
+        total = page.total("tgi_batch_max_total_tokens") or self._total
+        if total:
+            reading.total = int(total)
+            if self.is_untouched(page):
+                used = 0.0
+            reading.free = -1 if used is None else max(0, int(total - used))
 
 
 class LmdeployAdapter(MetricsAdapter):
-    """LMDeploy. It says what part of its KV cache is used, not of how much: the blocks stay unknown."""
+    """LMDeploy. It says what part of its KV cache is used, not of how much: the blocks stay unknown.
+
+    Behind a load it says for up to 10 s that requests run, while nothing moves: that is `stuck` for so long.
+    """
 
     kind = "lmdeploy"
     prefixes = (b"lmdeploy:",)
@@ -2426,8 +2462,8 @@ class LmdeployAdapter(MetricsAdapter):
         "kv_cache_free_blocks": "not known: it does not say of how many blocks",
         "kv_cache_total_blocks": "not known",
         "engine_capacity": "greatest rate of a second with requests waiting",
-        "num_requests_running": "lmdeploy:num_requests_running",
-        "num_requests_waiting": "lmdeploy:num_requests_waiting + lmdeploy:num_api_requests_waiting",
+        "num_requests_running": "lmdeploy:num_requests_running, renewed every 10 s; at least 1 while tokens come",
+        "num_requests_waiting": "lmdeploy:num_requests_waiting + lmdeploy:num_api_requests_waiting, every 10 s",
     }
     running = ("lmdeploy:num_requests_running",)
     waiting = ("lmdeploy:num_requests_waiting", "lmdeploy:num_api_requests_waiting")
@@ -2435,6 +2471,16 @@ class LmdeployAdapter(MetricsAdapter):
     step_times = "lmdeploy:time_per_output_token_seconds"
     step_tokens = "lmdeploy:iteration_tokens_total"
     tokens = ("lmdeploy:prompt_tokens_total", "lmdeploy:generation_tokens_total")
+
+    def __init__(self, client: EngineClient) -> None:
+        super().__init__(client)
+        self._tokens: float | None = None  # at the last look
+
+    def add(self, reading: Reading, page: Page) -> None:
+        """See MetricsAdapter. Its gauges are renewed every 10 s, its counters at once."""
+        if self._tokens is not None and reading.tokens != self._tokens:
+            reading.running = max(1, reading.running)
+        self._tokens = reading.tokens
 
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -2461,6 +2507,8 @@ def find_adapter(client: EngineClient) -> Adapter:
     loads = client.json("/v1/loads?include=core")
     if isinstance(loads, dict) and isinstance(loads.get("loads"), list):
         return SglangAdapter(client)
+    if _text_in(client.json("/info"), "router") == "text-generation-router":
+        return TgiAdapter(client)  # before 3.0 its page is empty until the first request
     status, models = client.get("/v1/models")
     statuses.append(f"/v1/models: {status}")
     with contextlib.suppress(ValueError, RecursionError):

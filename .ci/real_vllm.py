@@ -188,13 +188,12 @@ class Server:
             connection.close()
 
     def wait_up(self) -> None:
-        """Wait until it takes requests, and has served one."""
+        """Wait until it takes requests."""
         until = time.monotonic() + 180
         while self.ask("GET", "/health", timeout=5) != 200:
             if self.process.poll() is not None or time.monotonic() > until:
                 raise AssertionError("vLLM did not start:\n" + self.log.read_text(errors="replace")[-3000:])
             time.sleep(0.2)
-        self.complete(20, 2)
 
     def complete(self, letters: int, tokens: int, timeout: float = 60.0) -> int:
         """One completion of a prompt of so many letters."""
@@ -314,6 +313,14 @@ class Trial:
                 assert seen == ["serving", 0, self.blocks, self.blocks, 0, 0, "tiny"], state
                 assert abs(state["timestamp_ms"] / 1000 - time.time()) < 5, state
         return f"{len(self.ears.since(begin, PLUGIN))} and {len(self.ears.since(begin, SIDECAR))} states"
+
+    def fresh(self) -> str:
+        """Before its first request it is shown as idle, and readers may use it: else nobody would send it one."""
+        begin = time.time()
+        said = self.readers("usable before its first request", begin, True, 5)
+        said = self.idle() + said
+        self.server.complete(20, 2)
+        return said
 
     def busy(self) -> str:
         """Of 16 requests of 300 letters 4 run and 12 wait: every number of that is known."""
@@ -464,10 +471,11 @@ def main() -> int:
     ears, gateway = Ears(), Gateway(work)
     for title, arguments, names in (
         ("one API server", ["--disable-log-stats"],
-         ["idle", "busy", "hung_while_busy", "hung_from_idle", "sleep_and_wake", "first_after_idle", "sigterm"]),
+         ["fresh", "idle", "busy", "hung_while_busy", "hung_from_idle", "sleep_and_wake", "first_after_idle",
+          "sigterm"]),
         ("two API servers", ["--api-server-count", "2"],
-         ["idle", "busy", "hung_while_busy", "hung_from_idle", "sigterm"]),
-        (TWO_RANKS, ["--data-parallel-size", "2"], ["one_rank_hangs", "idle"]),
+         ["fresh", "idle", "busy", "hung_while_busy", "hung_from_idle", "sigterm"]),
+        (TWO_RANKS, ["--data-parallel-size", "2"], ["fresh", "one_rank_hangs", "idle"]),
     ):  # fmt: skip
         if not any(title.startswith(wanted) for wanted in sys.argv[3:] or [title]):
             continue

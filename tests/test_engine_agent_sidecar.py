@@ -274,6 +274,62 @@ class Vllm(unittest.TestCase):
         (one,) = self.look(metrics_=bare).readings
         self.assertEqual((one.free, one.total, one.step_times, one.tokens), (-1, -1, None, None))
 
+    FRESH = "".join(
+        line + "\n"
+        for line in vllm_page(0, 0, 0, engines=("0", "1")).splitlines()
+        if "num_requests" not in line and "usage" not in line
+    )
+
+    def agent(self) -> tuple[engine_agent.Agent, list[dict[str, Any]]]:
+        sent: list[dict[str, Any]] = []
+        sender = mock.Mock(send=lambda datagram: sent.append(json.loads(datagram)))
+        agent = engine_agent.Agent(settings(), sender, clock=self.clock)
+        agent.identify("e", "m", "vllm 0.33.0")
+        return agent, sent
+
+    def test_several_api_servers_before_the_first_request_are_idle_since_no_step_was_made(self) -> None:
+        """If they stayed unusable, no router would ever send them the request that brings the gauges."""
+        self.client.answers |= {"/metrics/": "", "/metrics": self.FRESH, "/health": ""}
+        agent, sent = self.agent()
+        for _ in range(8):
+            agent.saw(self.look())
+        for said in sent:
+            self.assertEqual((said["phase"], said["num_requests_running"]), (SERVING, 0))
+            self.assertEqual((said["kv_cache_free_blocks"], said["kv_cache_total_blocks"]), (2000, 2000))
+        self.assertEqual(len(sent), 8)
+        self.assertNotIn("/metrics/", [path.split("?")[0] for path in self.client.asked], "the filter says nothing")
+
+    def test_the_first_request_of_several_api_servers_moves_them(self) -> None:
+        self.client.answers |= {"/metrics/": "", "/metrics": self.FRESH, "/health": ""}
+        agent, sent = self.agent()
+        agent.saw(self.look())
+        agent.saw(self.look(metrics=vllm_page(1, 0, 1, engines=("0", "1"))))
+        self.assertEqual((sent[-1]["phase"], sent[-1]["num_requests_running"]), (SERVING, 2))
+        for _ in range(8):
+            agent.saw(self.look())
+        self.assertEqual(sent[-1]["phase"], STUCK)
+
+    def test_several_api_servers_that_hang_before_their_first_step_are_stuck_where_load_shows_it(self) -> None:
+        self.client.answers |= {"/metrics/": "", "/metrics": self.FRESH, "/health": ""}
+        agent, sent = self.agent()
+        for _ in range(8):
+            agent.saw(self.look())
+        for _ in range(8):
+            agent.saw(self.look(load={"server_load": 2}))
+        self.assertEqual(sent[-1]["phase"], STUCK)
+
+    def test_gauges_that_are_missing_behind_a_first_step_stay_unknown(self) -> None:
+        for counters in ("1.0", "NaN", "x"):
+            page = self.FRESH.replace('model_name="tiny"} 0.0', f'model_name="tiny"}} {counters}')
+            self.client.answers |= {"/metrics/": "", "/metrics": page, "/health": ""}
+            with self.subTest(counters=counters), self.assertRaisesRegex(NoNumbers, "vllm:num_requests_running"):
+                self.look()
+
+    def test_one_that_is_unhealthy_before_its_first_request_is_not_idle(self) -> None:
+        self.client.answers |= {"/metrics/": "", "/metrics": self.FRESH, "/health": 503}
+        with self.assertRaisesRegex(NoAnswer, "/health is answered with 503"):
+            self.look()
+
     def test_data_parallel_ranks_share_what_the_label_says(self) -> None:
         look = self.look(metrics_=vllm_page(1, 0, 1, engines=("0", "1", "10")))
         self.assertEqual([(one.rank, one.total) for one in look.readings], [(0, 1000), (1, 1000), (10, 1000)])
@@ -445,6 +501,63 @@ class Others(unittest.TestCase):
         self.assertEqual(self.look(adapter).readings[0].marker, one.marker)  # its queue grows while it hangs
         client.answers["/metrics"] = page.replace(" 55", " 56")
         self.assertNotEqual(self.look(adapter).readings[0].marker, one.marker)
+
+    def test_a_tgi_to_which_no_request_ever_came_is_idle(self) -> None:
+        """Its page names a metric with its first value: without a request there is none of requests."""
+        new = Client({"/metrics": "tgi_batch_max_total_tokens 16000\n"})
+        self.assertIsInstance(find_adapter(new), engine_agent.TgiAdapter)
+        info = {"router": "text-generation-router", "max_batch_total_tokens": 16000}
+        old = Client({"/metrics": "", "/info": info})
+        adapter = find_adapter(old)
+        self.assertIsInstance(adapter, engine_agent.TgiAdapter)
+        adapter.describe()
+        for one in (adapter, engine_agent.TgiAdapter(new)):
+            (reading,) = self.look(one).readings
+            self.assertEqual((reading.running, reading.waiting), (0, 0))
+            self.assertEqual((reading.free, reading.total), (16000, 16000))
+        for page in ("", "tgi_request_count 1\n", "tgi_batch_max_total_tokens 16000\ntgi_request_count 1\n",
+                     "tgi_batch_max_total_tokens 16000\ntgi_queue_size 1\n"):  # fmt: skip
+            with self.subTest(page=page), self.assertRaises(NoNumbers):
+                self.look(engine_agent.TgiAdapter(Client({"/metrics": page})))
+
+    def test_a_tgi_that_prefills_is_not_idle(self) -> None:
+        """A batch that is prefilled has left the queue, and is in no gauge."""
+        idle = (
+            "tgi_batch_current_size 0\ntgi_queue_size 0\ntgi_batch_current_max_tokens 0\n"
+            'tgi_batch_inference_count{method="prefill"} 2\ntgi_batch_inference_count{method="decode"} 9\n'
+            'tgi_batch_inference_success{method="prefill"} 1\ntgi_batch_inference_success{method="decode"} 9\n'
+            'tgi_batch_inference_failure{method="prefill"} 1\n'
+        )
+        client = Client({"/metrics": idle})
+        adapter = engine_agent.TgiAdapter(client)
+        self.assertEqual(self.look(adapter).readings[0].running, 0)
+        client.answers["/metrics"] = idle.replace('count{method="prefill"} 2', 'count{method="prefill"} 3')
+        self.assertEqual(self.look(adapter).readings[0].running, 1)
+
+    def test_a_tensorrt_llm_moves_with_each_step_though_no_request_ends(self) -> None:
+        page = (
+            "trtllm_num_requests_running 3\ntrtllm_num_requests_waiting 0\ntrtllm_iteration_latency_seconds 0.03\n"
+            "trtllm_prompt_tokens_total 5000\ntrtllm_generation_tokens_total 700\ntrtllm_request_success_total 10\n"
+        )
+        client = Client({"/prometheus/metrics": page})
+        adapter = engine_agent.TensorRtAdapter(client)
+        (one,) = self.look(adapter).readings
+        self.assertEqual(self.look(adapter).readings[0].marker, one.marker)
+        client.answers["/prometheus/metrics"] = page.replace("waiting 0", "waiting 7")
+        self.assertEqual(self.look(adapter).readings[0].marker, one.marker)
+        client.answers["/prometheus/metrics"] = page.replace("0.03", "0.031")
+        self.assertNotEqual(self.look(adapter).readings[0].marker, one.marker)
+
+    def test_an_lmdeploy_whose_tokens_come_is_not_idle_though_its_gauges_are_old(self) -> None:
+        page = (
+            "lmdeploy:num_requests_running 0\nlmdeploy:num_requests_waiting 0\nlmdeploy:prompt_tokens_total 10\n"
+            "lmdeploy:generation_tokens_total 5\n"
+        )
+        client = Client({"/metrics": page})
+        adapter = engine_agent.LmdeployAdapter(client)
+        self.assertEqual([self.look(adapter).readings[0].running for _ in range(2)], [0, 0])
+        client.answers["/metrics"] = page.replace(" 5", " 6")
+        self.assertEqual([self.look(adapter).readings[0].running for _ in range(2)], [1, 0])
 
     def test_lmdeploy(self) -> None:
         page = (
