@@ -2771,6 +2771,7 @@ def _write_check(
 MOST_EXTRA_LOOKS = 20  # a second, beside the regular ones
 EXTRA_TOKENS = 256  # pending tokens have to double or halve by as many for one
 MOST_NEW_REQUESTS = 256  # of one step that are looked at one by one
+MOST_COUNTED = 1_000_000_000  # of anything in one step; more is no number that vLLM meant
 
 
 class RankStats:
@@ -2802,8 +2803,10 @@ class RankStats:
         """Count what a step did; returns how many tokens of prompts are no longer pending after it."""
         latencies = getattr(iteration, "inter_token_latencies_iter", None)
         if latencies:
-            self.step_seconds += sum(latencies) / len(latencies)
-            self.steps_timed += 1
+            seconds = sum(latencies) / len(latencies)
+            if 0.0 <= seconds < MOST_COUNTED:  # false for NaN, too, which no later number would make good again
+                self.step_seconds += seconds
+                self.steps_timed += 1
         generated = getattr(iteration, "num_generation_tokens", 0)
         prompt = getattr(iteration, "prompt_token_stats", None)
         if prompt is not None:
@@ -2814,13 +2817,16 @@ class RankStats:
             # Of this step; what is computed of a prompt is otherwise credited only when its prefill ends.
             computed = getattr(details, "num_ctx_tokens", computed)
             generated = getattr(details, "num_generation_tokens", generated)
-        self.tokens += computed + generated
-        if computed + generated:
-            self.step_tokens += computed + generated
+        worked = computed + generated
+        if 0 < worked < MOST_COUNTED:
+            self.tokens += worked
+            self.step_tokens += worked
             self.steps += 1
         for request in getattr(iteration, "finished_requests", None) or ():
-            self.prompt_tokens += getattr(request, "num_prompt_tokens", 0)
-            self.prompts += 1
+            tokens = getattr(request, "num_prompt_tokens", 0)
+            if 0 <= tokens < MOST_COUNTED:
+                self.prompt_tokens += tokens
+                self.prompts += 1
         return int(done)
 
 
@@ -2958,6 +2964,7 @@ class StepWatch:
         if scheduler_stats is not None:
             running = scheduler_stats.num_running_reqs
             waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
+            busy = running + waiting > 0  # raises where they are no numbers, before anything is kept
             rank.stats = (
                 now,
                 int(self._wall_clock() * 1000),
@@ -2965,7 +2972,6 @@ class StepWatch:
                 waiting,
                 getattr(scheduler_stats, "kv_cache_usage", math.nan),
             )
-            busy = running + waiting > 0
         if iteration_stats is not None:
             done = rank.add_iteration(iteration_stats, getattr(scheduler_stats, "iteration_details", None))
             self._pending_now -= done
@@ -3237,7 +3243,7 @@ class PluginAgent:
                     break
                 try:
                     self.step(urgent=woken)
-                except Exception as error:
+                except BaseException as error:  # a thread that ends says nothing any more
                     self.complaints.trouble("step", f"a look at the engine failed ({type(error).__name__}: {error})")
             due = time.monotonic() + self._settings.push_interval_s
         try:
@@ -3436,7 +3442,7 @@ def _make_stat_logger() -> type:
                 self._agent = _start_plugin(vllm_config, indexes or [0], _say_in_vllm)
                 if self._agent is not None:
                     os.register_at_fork(after_in_child=self._forget)
-            except Exception as error:
+            except BaseException as error:
                 _say_in_vllm(f"is silent, because it could not be started ({type(error).__name__})")
 
         def _forget(self) -> None:
@@ -3455,7 +3461,7 @@ def _make_stat_logger() -> type:
             if agent is not None:
                 try:
                     agent.watch.record(scheduler_stats, iteration_stats, engine_idx)
-                except Exception:
+                except BaseException:  # whatever it is: on vLLM's event loop it would end the server
                     agent.watch.failures += 1
 
         def record_sleep_state(self, is_awake: Any = 0, level: Any = 0, *_: Any, **__: Any) -> None:
@@ -3463,7 +3469,7 @@ def _make_stat_logger() -> type:
             if agent is not None:
                 try:
                     agent.watch.record_sleep_state(is_awake, level)  # 1 means asleep, whatever the base class says
-                except Exception:
+                except BaseException:
                     agent.watch.failures += 1
 
         def log_engine_initialized(self, *_: Any, **__: Any) -> None:

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -17,7 +18,6 @@ import sys
 import threading
 import types
 import unittest
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -44,20 +44,24 @@ RECORDED = TOP.parent / "shared" / "engines" / "vllm_record_calls.jsonl"
 class Spiteful:
     """Raises for every attribute, and whatever else is done with it."""
 
-    def __getattribute__(self, name: str) -> Any:
-        raise RuntimeError(f"no {name}")
+    error: type[BaseException] = RuntimeError
 
-    def __bool__(self) -> bool:
-        raise RuntimeError("no truth")
+    def _raise(self, *_: object) -> Any:
+        raise type(self).error("spite")
 
-    def __iter__(self) -> Iterator[Any]:
-        raise RuntimeError("no items")
+    __getattribute__ = __bool__ = __iter__ = __hash__ = __eq__ = __add__ = __radd__ = _raise
 
-    def __hash__(self) -> int:
-        raise RuntimeError("no hash")
 
-    def __eq__(self, other: object) -> bool:
-        raise RuntimeError("no equal")
+class Fatal(Spiteful):
+    """Raises what is no Exception, and what `except Exception` lets through."""
+
+    error = SystemExit
+
+
+class Cancelled(Spiteful):
+    """The same, by what asyncio cancels a task with."""
+
+    error = asyncio.CancelledError
 
 
 def stats(running: int, waiting: int = 0, usage: float = 0.0, **more: Any) -> Any:
@@ -448,7 +452,8 @@ class InsideVllm(unittest.TestCase):
         logger = self.made(vllm_config=config(), engine_indexes=[0])
         anything: tuple[Any, ...] = (Spiteful(), None, "8", 1)
         broken: tuple[Any, ...] = (
-            None, Spiteful(), object(), 0, -1, 2**70, 1.5, "x", b"x", [], {}, [Spiteful()], SimpleNamespace(),
+            None, Spiteful(), Fatal(), Cancelled(), object(), 0, -1, 2**70, 10**400, math.nan, 1.5, "x", b"x", [], {},
+            [Spiteful()], SimpleNamespace(),
             *(stats(one, 0, usage) for one, usage in itertools.product(anything, repeat=2)),
             stats(1, iteration_details=Spiteful()), SimpleNamespace(inter_token_latencies_iter=Spiteful()),
             SimpleNamespace(inter_token_latencies_iter=[None]), SimpleNamespace(finished_requests=[Spiteful()]),
@@ -479,6 +484,8 @@ class InsideVllm(unittest.TestCase):
             {},
             {"vllm_config": None, "engine_indexes": None},
             {"vllm_config": spiteful, "engine_indexes": [0]},
+            {"vllm_config": Fatal(), "engine_indexes": [Fatal()]},
+            {"vllm_config": config(), "engine_indexes": Cancelled()},
             {"vllm_config": config(), "engine_indexes": spiteful},
             {"vllm_config": config(), "engine_indexes": ["x"]},
             {"vllm_config": SimpleNamespace(cache_config=spiteful, parallel_config=None), "engine_indexes": [0]},
@@ -521,6 +528,9 @@ class InsideVllm(unittest.TestCase):
         for _ in range(50):
             logger.record(scheduler_stats=stats(2), iteration_stats=iteration(2), engine_idx=0)
         wait_until("the trouble is said", lambda: any("failed" in line for line in self.lines))
+        ends = mock.MagicMock(spec={}, __class__=dict, values=mock.Mock(side_effect=SystemExit))
+        engine.output_processor.request_states = ends
+        wait_until("what ends other threads is looked at again", lambda: ends.values.call_count > 3)
         engine.output_processor.request_states = {"a": Spiteful(), "b": None}
         logger.record(scheduler_stats=stats(3), iteration_stats=iteration(2), engine_idx=0)
         engine.output_processor.request_states = {}
