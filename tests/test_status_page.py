@@ -223,8 +223,18 @@ class Browser:
     """A headless Chromium with a new profile, driven by the WebDriver protocol; it talks to the loopback only."""
 
     def __init__(self, language: str, width: int = 1440, height: int = 900) -> None:
-        self._driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        # In a process group of its own, which Chromium is in as well: so both can be ended, however they are doing.
+        self._driver = subprocess.Popen(
+            ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        try:
+            self._open_session(language, width, height)
+        except BaseException:
+            self._end()
+            raise
+
+    def _open_session(self, language: str, width: int, height: int) -> None:
         assert self._driver.stdout is not None
         for line in self._driver.stdout:
             started = re.search(rb"started successfully on port (\d+)", line)
@@ -312,9 +322,16 @@ class Browser:
 
     def close(self) -> None:
         """End it."""
-        with contextlib.suppress(AssertionError, OSError):
-            self._call("DELETE", "")
-        self._driver.terminate()
+        try:
+            with contextlib.suppress(AssertionError, OSError, http.client.HTTPException):
+                self._call("DELETE", "")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Also a driver or a Chromium that hangs, and what they started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._driver.pid, signal.SIGKILL)  # not waited for yet: the number is still its own
         self._driver.wait(DEADLINE_S)
         assert self._driver.stdout is not None
         self._driver.stdout.close()
