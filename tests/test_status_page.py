@@ -32,12 +32,13 @@ from tests.harness import DEADLINE_S, TOP, Daemon, again_and_again, daemon, data
 
 PAGE = (TOP / "status_page.html").read_text(encoding="utf-8")
 SVG = "http://www.w3.org/2000/svg"  # the name of a language, and no address that is asked for anything
-ENTER, ESCAPE, TAB, LEFT, UP, DOWN = (
+ENTER, ESCAPE, TAB, LEFT, UP, RIGHT, DOWN = (
     "\ue007",
     "\ue00c",
     "\ue004",
     "\ue012",
     "\ue013",
+    "\ue014",
     "\ue015",
 )  # as WebDriver writes them
 HOSTILE = [
@@ -794,7 +795,7 @@ class InChromium(unittest.TestCase):
             self.wait_text("#usable", "^3 of 4$")
             self.assertEqual(self.browser.text("#usable-note"), "not: load unknown 1")
             self.assertEqual(self.browser.text("#work"), "2.0s")
-            self.assertEqual(self.browser.text("#work-note"), "4,000 tokens; 2,000 tokens/s of 2 engines")
+            self.assertEqual(self.browser.text("#work-note"), "4,000 tokens; 2,000 tokens/\u2060s of 2 engines")
             self.assertEqual([self.browser.text(f"#kv-{what}") for what in ("most", "spread .most b")], ["b", "75%"])
             self.assertEqual([self.browser.text(f"#work-{what}") for what in ("most", "spread .most b")], ["b", "3.0s"])
             self.assertEqual(self.browser.text("#modes"), "latency_optimized 3")
@@ -910,7 +911,7 @@ class InChromium(unittest.TestCase):
         """?kiosk=1 has nothing to press, fills the screen without scrolling, and is larger on a larger one."""
         with self.gateway(STALE_THRESHOLD=600_000) as running:
             running.send(datagram(engine_id="a"), datagram(engine_id="b", phase="stuck"), b"junk")
-            for width, height in ((1280, 720), (1920, 1080), (3840, 2160)):
+            for width, height in ((1280, 720), (1920, 1080), (1920, 970), (1024, 768), (3840, 2160)):
                 self.browser.resize(width, height)
                 self.open(running, "?kiosk=1#engine=a")
                 self.wait_text("#live", "^1$")
@@ -926,7 +927,7 @@ class InChromium(unittest.TestCase):
                     list.getBoundingClientRect().bottom <= innerHeight, list.getBoundingClientRect().height > 20]""")
                 self.assertEqual(whole, [True] * 4, width)
                 size = self.browser.run("return document.querySelector('#live').getBoundingClientRect().height")
-                self.assertAlmostEqual(size / width, 36 / 1280, delta=0.001)
+                self.assertGreater(size / min(width, height * 16 / 9), 24 / 1280)
 
     def test_nothing_is_cut_and_no_number_breaks_at_any_usual_width(self) -> None:
         """Neither usual values nor the largest there are, in either language."""
@@ -1046,6 +1047,8 @@ class InChromium(unittest.TestCase):
               pastChanged = true;
               document.querySelector("#pasts").focus();""")
             text = "document.querySelector('#pasts').ariaValueText"
+            self.until(f"{text}.startsWith('now; ') && {text}.includes('Usable / stale 1 / 0; Pending tokens 4,321;')")
+            self.browser.press(RIGHT)
             self.until(f"{text}.includes('States a second 50; Usable / stale 7 / 0; Pending tokens 99;')")
             self.browser.press(LEFT)
             self.until(f"{text}.includes('Usable / stale 0 / 0;')")
@@ -1055,6 +1058,41 @@ class InChromium(unittest.TestCase):
             self.until("document.querySelector('#pasts .starts').getAttribute('d') !== ''")
             self.browser.click("#past-range button:last-child")
             self.until("document.querySelector('#pasts .axis span').textContent !== ''")
+
+    def test_no_line_is_drawn_over_what_nobody_remembers(self) -> None:
+        """A curve ends where the gateway stood still or was restarted, and goes on where only its clock was set."""
+        lives = "return past.map(({ at, begins }) => [at - past.at(-1).at, begins]).slice(-3)"
+        lines = "return document.querySelector('#pasts .stroke').getAttribute('d').split('M').length - 1"
+        with self.gateway(STALE_THRESHOLD=600_000) as running:
+            self.open(running)
+            self.until("past.length > 0")
+            take = """
+              const last = past.at(-1), [ms, seconds, received] = arguments;
+              takeSamples([{ ...structuredClone(last), time_ms: last.time_ms + ms, uptime_s: last.uptime_s + seconds,
+                total_received: received }]);
+              drawPast(clock());"""
+            self.browser.run("past = []; takeSamples([{ ...arguments[0], uptime_s: 100 }])", self.memory(running)[0])
+            for received in (10, 20, 30):
+                self.browser.run(take, 10_000, 10, received)
+            self.assertEqual(self.browser.run(lines), 1)
+            self.browser.run(take, -3_590_000, 10, 40)
+            self.browser.run(take, 10_000, 10, 50)
+            self.assertEqual(self.browser.run(lives), [[-20_000, False], [-10_000, False], [0, False]])
+            self.assertEqual(self.browser.run(lines), 1, "the clock was set back by an hour")
+            self.browser.run(take, 30_000, 30, 60)
+            self.browser.run(take, 10_000, 10, 70)
+            self.assertEqual(self.browser.run(lines), 2, "it stood still for half a minute")
+            self.browser.run(take, 10_000, -150, 0)
+            self.browser.run(take, 10_000, 10, 10)
+            self.assertEqual(self.browser.run(lives), [[-20_000, False], [-10_000, True], [0, False]])
+            self.assertEqual(self.browser.run(lines), 3, "it was restarted")
+            self.browser.run("past = past.slice(-2, -1)")
+            self.browser.run(take, 7_000, 0.1, 5)
+            self.assertEqual(self.browser.run(lives), [[-7_000, True], [0, True]], "it ends and starts again and again")
+
+    def memory(self, running: Daemon) -> Any:
+        """What /samples says, once it has one."""
+        return wait_until("a sample", lambda: running.ask("/samples").json)
 
     def test_what_is_wrong_is_said_in_words(self) -> None:
         """What was rejected is said with its reason, also what was rejected before the page was opened."""
@@ -1161,12 +1199,25 @@ class InChromium(unittest.TestCase):
                 with again_and_again(0.1, push):
                     self.open(running)
                     self.wait_text("#notices", "Silent, and removed if that lasts")
+                    self.browser.run("""
+                      globalThis.seen = new Set();
+                      globalThis.wrong = new Set();
+                      const numberIn = (id) => parseInt(document.getElementById(id).textContent);
+                      const label = pastCharts.find(({ name }) => name === "past_engines").now;
+                      (function look() {
+                        const said = ["live", "stale", "usable"].map(numberIn), [live, stale, usable] = said;
+                        seen.add(said.join());
+                        const agree = live === usable && label.textContent === `${usable} / ${stale}`;
+                        if (!agree) wrong.add(`${said}: ${label.textContent}`);
+                        requestAnimationFrame(look);
+                      })()""")
                     self.wait_text("#notices", "Removed after falling silent")
                     said = "document.querySelector('#notices').firstChild.innerText"
                     for _ in range(5):
                         before = self.browser.run(f"return {said}")
                         self.until(f"{said} !== arguments[0]", before)
-                    self.until("events.length > 100 && samples.length > 2")
+                    self.until("events.length > 100 && samples.length > 2 && seen.size > 5")
+                    self.assertEqual(self.browser.run("return [...wrong]"), [], "live, stale, usable, and the curve's")
                 moved = self.browser.run("return moved")
                 self.assertLess(self.browser.run("return shift"), 0.05, moved)
         finally:
