@@ -365,6 +365,12 @@ class TableCase(unittest.TestCase):
         assert entry is not None
         return entry
 
+    def said(self, table: EngineTable, gateway: FakeGateway, *events: str) -> None:
+        """Returns once the table has taken events that nothing can be seen of."""
+        before = self.events(table, gateway)
+        gateway.say("".join(events))
+        self.taken(table, gateway, before + len(events))
+
     @staticmethod
     def events(table: EngineTable, gateway: FakeGateway) -> int:
         return sum(status.events for status in table.gateways() if status.url == gateway.url)
@@ -464,12 +470,9 @@ class Freshness(TableCase):
         self.clock.move(0.2)
         self.heard(table, gateway, "a")
         self.clock.move(0.2)
-        late = gateway.event("state", json.dumps(gateway.entry("a"))) + gateway.event(
-            "state", json.dumps(gateway.entry("b"))
-        )
+        late = [gateway.event("state", json.dumps(gateway.entry(engine_id))) for engine_id in "ab"]
         self.clock.move(10.0)
-        gateway.say(late)
-        self.taken(table, gateway, 4)
+        self.said(table, gateway, *late)
         self.assertEqual([entry.age_ms // 10 for entry in table], [1000, 1000])
         self.assertEqual(table.live(), [])
         self.clock.move(0.1)
@@ -593,9 +596,10 @@ class Freshness(TableCase):
             {"age_ms": -1}, {"age_ms": "7"}, {"age_ms": None}, {"state_age_ms": 10**400}, {"engine_capacity": -1.0},
             {"pending_tokens_total": "many"}, {"scheduling_mode": 5}, {"received_ms": []}, {"status": None},
         ):  # fmt: skip
-            gateway.say(gateway.event("state", json.dumps({**gateway.entry("a", pending_tokens_total=99), **wrong})))
+            text = json.dumps({**gateway.entry("a", pending_tokens_total=99), **wrong})
+            self.said(table, gateway, gateway.event("state", text))
         for wrong_data in ("[]", "7", "null", '"text"', "{}", json.dumps({"engine_id": "a"})):
-            gateway.say(gateway.event("state", wrong_data))
+            self.said(table, gateway, gateway.event("state", wrong_data))
         self.assertEqual(self.heard(table, gateway, "c").engine_id, "c")
         self.assertEqual(self.ids(table.entries()), {"a", "c"})
         self.assertNotEqual(table.get("a").pending_tokens_total, 99)  # type: ignore[union-attr]
@@ -603,7 +607,7 @@ class Freshness(TableCase):
     def test_events_of_a_newer_gateway_are_passed_over(self) -> None:
         gateway = self.gateway("a")
         table = self.table(gateway)
-        gateway.say(gateway.event("weather", "no JSON"))
+        self.said(table, gateway, gateway.event("weather", "no JSON"))
         self.heard(table, gateway, "b")
         self.assertEqual(len(gateway.heads), 1)
 
