@@ -725,8 +725,8 @@ class _Follower:
                 delay = min(longest, FIRST_RETRY_S * 2 ** min(failures - 1, 20))
                 self._stop.wait(delay * random.uniform(0.5, 1.0))
         self._table._set_connected(self.gateway, False)
-        self.gateway.problem = "no longer followed"
         self.gateway.followed = False
+        self.gateway.problem = "no longer followed"
 
     def _disconnected(self, problem: str) -> None:
         self._table._set_connected(self.gateway, False)
