@@ -66,18 +66,22 @@ class TableRoom:
         self._full_at_bytes: int | None = None  # from here on there is no room; None until the first engine
         self._has_memory = True
         self._unchecked = 0  # questions until the system is asked again
+        self._most_engines = 0  # that ever had room
 
     def for_one_more(self, engines: int) -> bool:
         """Whether an engine may be added to so many."""
         if engines >= self._max_engines:
             return False
-        if self._limit_bytes is None:
+        # What engines leave when they are removed is used again, but is seldom given back to the system.
+        if self._limit_bytes is None or engines < self._most_engines:
             return True
         if self._unchecked:
             self._unchecked -= 1
         else:
             self._unchecked = CHECK_EVERY - 1
             self._has_memory = self._look(self._limit_bytes)
+        if self._has_memory:
+            self._most_engines = engines + 1
         return self._has_memory
 
     def _look(self, limit_bytes: int) -> bool:

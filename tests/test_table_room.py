@@ -42,17 +42,27 @@ class Memory(unittest.TestCase):
         self.assertTrue(room.for_one_more(0))
         self.assertEqual(room.max_history_bytes, free // (1 + ANSWERS) // 2)
         self.used += free // (1 + ANSWERS)
-        outcomes = [room.for_one_more(number) for number in range(CHECK_EVERY)]
+        outcomes = [room.for_one_more(number) for number in range(1, CHECK_EVERY + 1)]
         self.assertEqual((outcomes[0], outcomes[-1]), (True, False))
 
     def test_the_system_is_asked_now_and_then_and_room_comes_back(self) -> None:
         room = self.room(self.used + RESERVE_BYTES + 90 * MIB)
         room.for_one_more(0)
         self.used += 40 * MIB
-        self.assertFalse([room.for_one_more(1) for _ in range(CHECK_EVERY)][-1])
+        self.assertFalse([room.for_one_more(number) for number in range(1, CHECK_EVERY + 1)][-1])
         self.used -= 40 * MIB
-        self.assertTrue([room.for_one_more(1) for _ in range(CHECK_EVERY)][-1])
+        self.assertTrue([room.for_one_more(CHECK_EVERY) for _ in range(CHECK_EVERY)][-1])
         self.assertEqual(self.asked, 3)
+
+    def test_as_many_as_there_were_have_room_again(self) -> None:
+        """The system may never get back what they had: a flood of ids must not keep all others out for ever after."""
+        room = self.room(self.used + RESERVE_BYTES + 90 * MIB)
+        most = sum(room.for_one_more(number) for number in range(500))
+        self.used += 40 * MIB
+        outcomes = [room.for_one_more(number) for number in range(500, 500 + 2 * CHECK_EVERY)]
+        most += sum(outcomes)
+        self.assertFalse(outcomes[-1])
+        self.assertEqual([room.for_one_more(number) for number in (0, most - 1, most)], [True, True, False])
 
     def test_no_room_at_all(self) -> None:
         self.assertFalse(self.room(self.used).for_one_more(0))
@@ -61,7 +71,7 @@ class Memory(unittest.TestCase):
         room = self.room(self.used + RESERVE_BYTES)
         self.assertTrue(room.for_one_more(0))
         self.used += RESERVE_BYTES // 4
-        self.assertFalse([room.for_one_more(1) for _ in range(CHECK_EVERY)][-1])
+        self.assertFalse([room.for_one_more(number) for number in range(1, CHECK_EVERY + 1)][-1])
 
     def test_a_system_that_does_not_say_has_room(self) -> None:
         def fail() -> int:
