@@ -13,7 +13,7 @@ import contextlib
 import enum
 import ipaddress
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +21,8 @@ from http_message import Request, RequestBuffer, Stream, parse_request
 from sockets import format_peer
 
 RESERVE_CONNECTIONS = 32  # beyond the others: for probes, and for networks that have few if another one has most
-MAX_RESERVE_PER_NETWORK = 8
+MAX_RESERVE_PER_NETWORK = RESERVE_CONNECTIONS // 2
+MAX_SMALL_NETWORK = 8  # places of a network whose every question is answered from the reserve
 REQUEST_DEADLINE_S = 10.0  # from the first byte of a request to its last
 RESPONSE_DEADLINE_S = 30.0  # from the answer to the last byte that the reader took
 LINGER_S = 1.0  # for a refused request's bytes, so that the reader sees the answer and no reset
@@ -270,7 +271,7 @@ class Places:
         self.idle_timeout_s = idle_timeout_s
         self.unsent = UnsentBytes()
         self._by_network: dict[str, set[Connection]] = {}
-        self._in_reserve = 0
+        self._in_reserve: Counter[str] = Counter()  # by network
         self._count = 0
         self._ranked: list[Connection] | None = None
 
@@ -287,7 +288,7 @@ class Places:
         """Give a place away."""
         self._by_network.setdefault(connection.network, set()).add(connection)
         self._count += 1
-        self._in_reserve += connection.is_reserve
+        self._in_reserve[connection.network] += connection.is_reserve
         if self._ranked is not None:
             self._ranked.append(connection)
 
@@ -297,33 +298,39 @@ class Places:
         if connection in connections:
             connections.remove(connection)
             self._count -= 1
-            self._in_reserve -= connection.is_reserve
+            self._in_reserve[connection.network] -= connection.is_reserve
             if not connections:
-                del self._by_network[connection.network]
+                del self._by_network[connection.network], self._in_reserve[connection.network]
 
-    def are_taken(self, *, reserve: bool) -> bool:
-        """Whether all the usual places are taken, or all in the reserve."""
-        if reserve:
-            return self._in_reserve >= RESERVE_CONNECTIONS
-        return self._count - self._in_reserve >= self.max_connections
+    def are_taken(self) -> bool:
+        """Whether all the usual places are taken."""
+        return self._count - self._in_reserve.total() >= self.max_connections
+
+    def is_reserve_taken(self, network: str) -> bool:
+        """Whether the reserve has no place for a network, which never gets the whole of it."""
+        return self._has_its_share_of_reserve(network) or self._in_reserve.total() >= RESERVE_CONNECTIONS
+
+    def _has_its_share_of_reserve(self, network: str | None) -> bool:
+        return network is not None and self._in_reserve[network] >= MAX_RESERVE_PER_NETWORK
 
     def promote(self, connection: Connection) -> None:
         """Give a connection of the reserve a usual place."""
-        self._in_reserve -= connection.is_reserve
+        self._in_reserve[connection.network] -= connection.is_reserve
         connection.is_reserve = False
 
     def may_use_reserve(self, network: str) -> bool:
         """Whether any question of this network is answered from the reserve: it has few places, another has most."""
         most = max((len(places) for name, places in self._by_network.items() if name != network), default=0)
         own = len(self._by_network.get(network, ()))
-        return own <= MAX_RESERVE_PER_NETWORK and most > self.max_connections // 2
+        return own <= MAX_SMALL_NETWORK and most > self.max_connections // 2
 
     def find_spare(self, network: str | None, now: float, *, reserve: bool) -> Connection | None:
         """Which connection has to go for a new one of that network, if it is known: one that waits for its peer.
 
         First those of networks that have more than an equal share, the largest first. In a network: those that never
         asked anything, then those that have been idle for longest, then the slowest in the middle of asking - but not
-        one that began just now, unless its network is larger, and never one of a network that is smaller.
+        one that began just now, unless its network is larger, and never one of a network that is smaller. In the
+        reserve nothing of a smaller network has to go, and a network that has its share makes room itself.
         """
         if self._ranked is None:
             self._ranked = self._rank()
@@ -332,11 +339,15 @@ class Places:
         for connection in self._ranked:
             if connection.phase not in _UNFINISHED or connection.is_reserve is not reserve:
                 continue
-            if connection.phase is Phase.READING:
-                size = len(self._by_network[connection.network])
-                is_larger = network is not None and size > own + 1
-                if size < own or (connection.deadline > began_just_now and not is_larger):
-                    continue
+            is_begun = connection.phase is Phase.READING
+            size = len(self._by_network[connection.network])
+            is_larger = network is not None and size > own + 1
+            if (
+                (size < own and (is_begun or reserve))
+                or (is_begun and connection.deadline > began_just_now and not is_larger)
+                or (reserve and connection.network != network and self._has_its_share_of_reserve(network))
+            ):
+                continue
             return connection
         return None
 

@@ -439,8 +439,9 @@ class QueryServer:
         connection = Connection(
             sock, peer, unsent=self._places.unsent, idle_timeout_s=self._places.idle_timeout_s, clock=self._clock
         )
-        if self._places.are_taken(reserve=False) and not self._make_room(connection.network, reserve=False):
-            if self._places.are_taken(reserve=True) and not self._make_room(connection.network, reserve=True):
+        network = connection.network
+        if self._places.are_taken() and not self._make_room(network, reserve=False):
+            if self._places.is_reserve_taken(network) and not self._make_room(network, reserve=True):
                 self._counters.reject("no_place", f"peer={connection.peer}")
                 connection.close()
                 return

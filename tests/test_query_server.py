@@ -491,13 +491,12 @@ class Bounds(ServerCase):
         for _ in range(8):
             self.connect().send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
         self.wait_requests(8)
-        bound = 8 + query_connection.RESERVE_CONNECTIONS
+        reserve = query_connection.MAX_RESERVE_PER_NETWORK
         with self.assertNoLogs("elrar.http"):
             for _ in range(200):
                 self.connect()
-            spare = 200 - query_connection.RESERVE_CONNECTIONS
-            wait_until("them to make room", lambda: self.server.counters()["closed_idle"] == spare)
-        self.assertLessEqual(self.server.connections, bound)
+            wait_until("them to make room", lambda: self.server.counters()["closed_idle"] == 200 - reserve)
+        self.assertLessEqual(self.server.connections, 8 + reserve)
         self.assertEqual(self.rejected(), 0)
 
 
@@ -610,6 +609,22 @@ class SteppedNetworks(SteppedCase):
         slow.send(b"Host: a\r\n\r\n")
         self.steps()
         self.assertEqual(slow.response()[0], 200)
+
+    def test_the_reserve_is_never_all_of_one_network(self) -> None:
+        """However many of one address come at once, all with whole requests: another's is answered, early or late."""
+        for _ in range(8):
+            self.connect("127.0.0.2").send(b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.steps()
+        early = self.connect("127.0.0.3")  # which asks nothing yet
+        self.steps()
+        with self.assertLogs("elrar.http", "WARNING"):
+            for number in range(3 * query_connection.RESERVE_CONNECTIONS):
+                self.connect("127.0.0.2").send(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number)
+            late = self.connect("127.0.0.3").send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+            self.steps()
+        early.send(b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.steps()
+        self.assertEqual([client.response()[0] for client in (early, late)], [200, 200])
 
     def test_networks_take_turns_in_being_answered(self) -> None:
         """However many connections of one address ask at once, another's question is second."""
