@@ -301,5 +301,13 @@ class ToChange(unittest.TestCase):
                 self.assertEqual(done.returncode, 0, done.stderr[-3000:])
 
 
+class Tests(unittest.TestCase):
+    """Who changes a module finds its tests by its name."""
+
+    def test_each_module_has_a_file_of_tests(self) -> None:
+        tested = {path.stem.removeprefix("test_") for path in (TOP / "tests").glob("test_*.py")}
+        self.assertEqual({path.stem for path in TOP.glob("*.py")} - tested, set())
+
+
 if __name__ == "__main__":
     unittest.main()
