@@ -386,7 +386,7 @@ def _extra_text(name: str, value: Any) -> bytes | None:
 # -- the canonical form ------------------------------------------------------------------------------------------------
 
 # A canonical datagram is one as an agent's `json.dumps` writes it, with usual values: its fields are cut out by one
-# regular expression, which takes 0.8 microseconds, and parse_datagram 4.3. It matches only what parse_datagram takes,
+# regular expression, which takes 0.8 microseconds, and `parse` 4.3. It matches only what `parse` takes,
 # and a test holds the two together on hundreds of thousands of datagrams. `engine_agent.py` writes its own in the one
 # order that is here, so that no name can be there twice.
 _ASCII_TEXT = rb'"[ !#-\[\]-~]{1,%b}"'
@@ -410,12 +410,6 @@ _label_names = re.compile(_LABEL).findall
 _CANONICAL_NAMES = frozenset(re.findall(rb'"([a-z_]+)": ', _EIGHT + _AGENT_S))
 
 
-def match_canonical(datagram: bytes) -> DatagramTexts | None:
-    """The texts of a canonical datagram, or None if it is not one: it may still be valid."""
-    match = _CANONICAL.fullmatch(datagram)
-    return match and match.groups()
-
-
 def match_labelled(datagram: bytes) -> DatagramTexts | None:
     """The texts of a datagram that is canonical but for labels behind it, or None if it is not one."""
     if b', "agent": "' not in datagram:
@@ -433,7 +427,10 @@ def match_labelled(datagram: bytes) -> DatagramTexts | None:
 
 
 def match_all_canonical(datagrams: Sequence[bytes]) -> list[DatagramTexts | None]:
-    """The same of each datagram of a batch; a call for each would take half as long again."""
+    """For each datagram of a batch its texts if it is canonical, or None: it may still be valid.
+
+    For a whole batch, because a call for each datagram would take half as long again.
+    """
     return [match and match.groups() for match in map(_CANONICAL.fullmatch, datagrams)]
 
 
@@ -449,13 +446,8 @@ class ParsedDatagram:
     passed_over: bool  # whether there was something that is not kept
 
     def texts(self) -> DatagramTexts:
-        """The fields' texts and the further ones, as match_canonical gives them."""
+        """The fields' texts and the further ones, as match_all_canonical gives them."""
         return self.state.texts() + self.further
-
-
-def parse_datagram(datagram: bytes) -> EngineState:
-    """The state that a datagram holds; raises InvalidDatagram with the reason if it holds none."""
-    return parse(datagram).state
 
 
 def parse(datagram: bytes) -> ParsedDatagram:

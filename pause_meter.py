@@ -61,7 +61,6 @@ class PauseMeter:
             " for that time;",
             clock=clock,
         )
-        self.pauses = 0
         self.held_up_s = 0.0  # in all
 
     def __call__(self) -> float:
@@ -90,7 +89,6 @@ class PauseMeter:
             self._pauses.append((now, length))
             self._resumed_at = now
             self._settling = (min(began_at, self.judged_at(began_at)), now, None)
-            self.pauses += 1
             self.held_up_s += length
             self._notice.record("seconds=%.1f", length)
             line = self._notice.take_due()

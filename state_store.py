@@ -201,6 +201,31 @@ class _ChangeFeed:
         return self._clock() - self._impatient_at < SUBSCRIBED_S
 
 
+class _Conflicts:
+    """Until when several senders count as using an engine_id. Used under the store's lock."""
+
+    def __init__(self, freshness: Freshness, is_one_sender: Callable[[bytes, bytes], bool]) -> None:
+        self.is_one_sender = is_one_sender
+        self._freshness = freshness
+        self._until: dict[bytes, float] = {}  # by engine_id as JSON text; monotonic s
+
+    def note(self, quoted_id: bytes, now: float) -> None:
+        """Several senders used it at that moment."""
+        self._until[quoted_id] = self._freshness.stale_at(now)
+
+    def count(self, now: float) -> int:
+        """How many engine_ids several senders use now."""
+        return sum(until > now for until in self._until.values())
+
+    def forget(self, quoted_id: bytes) -> None:
+        """The engine is removed."""
+        self._until.pop(quoted_id, None)
+
+    def expire(self, now: float) -> None:
+        """Forget those that are over."""
+        self._until = {key: until for key, until in self._until.items() if until > now}
+
+
 def _quoted(engine_id: str) -> bytes:
     return quote_json(engine_id).encode("utf-8", "surrogatepass")  # no engine that is known has a surrogate
 
@@ -239,7 +264,6 @@ class StateStore:
         self._summary = FleetSummary(self.freshness)
         self._room = TableRoom(max_engines)
         self._history = history
-        self._is_one_sender = is_one_sender
         self._clock = clock
         # Guards all below, for the time of one batch or one copy. Nothing slow happens under it.
         self._lock = threading.Lock()
@@ -251,7 +275,7 @@ class StateStore:
         self._feed = _ChangeFeed(max_engines, clock)
         self._life_log = _LifeLog(clock)
         self._farewells = Farewells(max_engines, self.freshness)
-        self._conflicts: dict[bytes, float] = {}  # until when several senders count as using an engine_id
+        self._conflicts = _Conflicts(self.freshness, is_one_sender)
 
     def apply(self, batch: Batch) -> list[str]:
         """Take over what the listener received; returns the outcome of each of `batch.states`, in their order."""
@@ -417,11 +441,11 @@ class StateStore:
         engine.source = source
         if not engine.has_further:
             engine.plain_source = source
-        if boot is None and source != before and self._is_one_sender(source, before):
+        if boot is None and source != before and self._conflicts.is_one_sender(source, before):
             return
         conflict_until = engine.visible[4][4]
         if engine.note_sender(boot or source, now, self.freshness):
-            self._conflicts[engine.quoted_id] = self.freshness.stale_at(now)
+            self._conflicts.note(engine.quoted_id, now)
             self._life_log.conflict.record_senders(engine.engine_id, (before, source), begins=conflict_until <= now)
 
     def _apply_late(self, engine: KnownEngine, texts: DatagramTexts, shown: Visible) -> str:
@@ -480,7 +504,7 @@ class StateStore:
             self._counters.add("expired_engines", removed)
             self._feed.expire()
             self._farewells.expire(watermark)
-            self._conflicts = {key: until for key, until in self._conflicts.items() if until > watermark}
+            self._conflicts.expire(watermark)
             lines, noted = self._life_log.take_due(), self._life_log.notes.take()
         for level, line in lines:
             logger.log(level, "%s", line)
@@ -493,14 +517,13 @@ class StateStore:
         engine.history = History()  # whoever is told of the removal later needs none
         self._version += 1
         self._feed.note_removed(engine)
-        self._conflicts.pop(engine.quoted_id, None)
+        self._conflicts.forget(engine.quoted_id)
 
     def counters(self) -> dict[str, Any]:
         """The counters of datagrams of one moment, by their names at /stats, and `accepted`."""
         now = self._clock()
         with self._lock:
-            conflicting_ids = sum(until > now for until in self._conflicts.values())
-            return {**self._counters.document(), "conflicting_ids": conflicting_ids}
+            return {**self._counters.document(), "conflicting_ids": self._conflicts.count(now)}
 
     def counts(self) -> tuple[int, int]:
         """How many engines are live, and how many are known."""

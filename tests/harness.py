@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_state import match_canonical, parse
+from engine_state import DatagramTexts, EngineState, match_all_canonical, parse
 from state_store import Batch
 
 TOP = Path(__file__).resolve().parent.parent
@@ -62,6 +62,16 @@ def datagram(**changes: Any) -> bytes:
 def heartbeat(**changes: Any) -> bytes:
     """A heartbeat as an engine's agent sends it."""
     return datagram(**{**PLACEHOLDERS, **changes})
+
+
+def match_canonical(one: bytes) -> DatagramTexts | None:
+    """The texts of a canonical datagram, or None if it is not one."""
+    return match_all_canonical([one])[0]
+
+
+def parse_datagram(one: bytes) -> EngineState:
+    """The state that a datagram holds, as the full parser finds it; raises InvalidDatagram."""
+    return parse(one).state
 
 
 def batch(at: float, wall_s: float, *datagrams: bytes, canonical: bool = True, source: str = "10.0.0.1:5000") -> Batch:

@@ -43,8 +43,8 @@ from engine_agent import (
     SettingsError,
     read_settings,
 )
-from engine_state import match_canonical, match_labelled, parse_datagram
-from tests.harness import FakeClock
+from engine_state import match_labelled
+from tests.harness import FakeClock, match_canonical, parse_datagram
 
 BUSY = Load(12.5, "balanced", 700, 3000, 4095, 5000.0, 8, 16)
 

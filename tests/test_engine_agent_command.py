@@ -22,8 +22,7 @@ from typing import Any
 
 import engine_agent
 from engine_agent import ACTIVITIES, GONE, SERVING, Key, LoggedState, Replay, Simulation, log_files, logged_states
-from engine_state import parse_datagram
-from tests.harness import TOP, FakeClock, fields
+from tests.harness import TOP, FakeClock, fields, parse_datagram
 from tests.test_engine_agent import Kept, settings
 
 AGENT = TOP / "engine_agent.py"

@@ -22,13 +22,11 @@ from engine_state import (
     REASONS,
     InvalidDatagram,
     is_heartbeat,
-    match_canonical,
     match_labelled,
-    parse_datagram,
     quote_json,
     unquote_json,
 )
-from tests.harness import CAPTURED, GUIDE_EXAMPLE, PLACEHOLDERS, datagram, fields
+from tests.harness import CAPTURED, GUIDE_EXAMPLE, PLACEHOLDERS, datagram, fields, match_canonical, parse_datagram
 
 
 def without(field: str) -> bytes:

@@ -23,15 +23,22 @@ from engine_state import (
     datagram_json,
     is_heartbeat,
     match_all_canonical,
-    match_canonical,
     parse,
-    parse_datagram,
 )
 from sockets import open_udp_sockets
 from state_log import StateLog
 from state_record import decode_record, decode_state, encode_receipt, encode_record, same_state
 from state_store import StateStore
-from tests.harness import CAPTURED, PLACEHOLDERS, datagram, fields, heartbeat, logged_states
+from tests.harness import (
+    CAPTURED,
+    PLACEHOLDERS,
+    datagram,
+    fields,
+    heartbeat,
+    logged_states,
+    match_canonical,
+    parse_datagram,
+)
 from tests.test_engine_state import INVALID, VALID
 from udp_listener import UdpListener
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -299,6 +300,37 @@ class ToChange(unittest.TestCase):
                     check=False,
                 )
                 self.assertEqual(done.returncode, 0, done.stderr[-3000:])
+
+
+APART = {"engine_agent.py", "engine_table.py"}  # each a whole program in one file, for other machines
+
+
+class Sizes(unittest.TestCase):
+    """What grows beyond one head is cut in two: 16 attributes of a class, 70 lines of a function."""
+
+    def test_classes(self) -> None:
+        """But for the settings, of which each is one."""
+        for path in TOP.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef) and path.name not in APART and node.name != "Config":
+                    own = {
+                        one.attr
+                        for one in ast.walk(node)
+                        if isinstance(one, ast.Attribute) and isinstance(one.ctx, ast.Store)
+                        if isinstance(one.value, ast.Name) and one.value.id == "self"
+                    }
+                    own |= {ast.unparse(one.target) for one in node.body if isinstance(one, ast.AnnAssign)}
+                    self.assertLessEqual(len(own), 16, f"{node.name} in {path.name}: {sorted(own)}")
+
+    def test_functions(self) -> None:
+        for path in TOP.glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = (node.end_lineno or 0) - node.lineno + 1
+                    self.assertLessEqual(lines, 70, f"{node.name} in {path.name}")
+
+    def test_the_main_program(self) -> None:
+        self.assertLessEqual(len((TOP / "gateway.py").read_text(encoding="utf-8").splitlines()), 350)
 
 
 class Tests(unittest.TestCase):

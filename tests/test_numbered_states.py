@@ -9,12 +9,12 @@ from typing import Any
 from unittest import mock
 
 from engine_agent import DatagramWriter, Load
-from engine_state import NOTHING_FURTHER, match_canonical, match_labelled, parse
+from engine_state import NOTHING_FURTHER, match_labelled, parse
 from engine_view import EngineView
 from known_engine import KnownEngine
 from state_entry import entry
 from state_store import StateStore
-from tests.harness import PLACEHOLDERS, FakeClock, batch, datagram
+from tests.harness import PLACEHOLDERS, FakeClock, batch, datagram, match_canonical
 
 STALE_MS, EXPIRE_MS = 2000, 6000
 WALL_S = 1_755_532_567.5

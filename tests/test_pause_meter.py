@@ -88,7 +88,7 @@ class Pauses(unittest.TestCase):
         meter.stop()
         self.clock.move(60)
         meter()
-        self.assertEqual((meter.pauses, meter.held_up_s), (0, 0.0))
+        self.assertEqual(meter.held_up_s, 0.0)
 
     def test_memory_is_bounded(self) -> None:
         for _ in range(MAX_PAUSES * 2):
@@ -125,7 +125,7 @@ class Judging(unittest.TestCase):
             self.run_for(1.0)
             self.assertEqual(self.judged_at(), self.clock.now)
             self.meter.note_taken(self.clock.now)
-        self.assertEqual((self.meter.pauses, self.meter.held_up_s), (0, 0.0))
+        self.assertEqual(self.meter.held_up_s, 0.0)
 
     def test_the_first_to_ask_after_it_is_told_its_beginning(self) -> None:
         before = self.clock.now
@@ -192,7 +192,7 @@ class Judging(unittest.TestCase):
             for seconds in (10, 5):
                 self.pause(seconds)
                 self.run_for(1.0)
-        self.assertEqual((self.meter.pauses, round(self.meter.held_up_s, 3)), (2, 15.0))
+        self.assertEqual(round(self.meter.held_up_s, 3), 15.0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from typing import Any, cast
 
 from datagram_signature import SIGNATURE_REASONS
 from engine_agent import DatagramWriter, Key, Load
-from engine_state import match_canonical
 from signed_intake import SignedIntake
 from signing_keys import IdPattern, SigningKey
 from sockets import open_udp_sockets
@@ -35,6 +34,7 @@ from tests.harness import (
     daemon,
     datagram,
     gateway_command,
+    match_canonical,
     wait_until,
 )
 from udp_listener import UdpListener

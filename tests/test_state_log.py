@@ -14,9 +14,18 @@ from pathlib import Path
 from unittest import mock
 
 import log_file
-from engine_state import FIELDS_JSON, parse_datagram
+from engine_state import FIELDS_JSON
 from state_log import FLUSH_BYTES, MAX_PIECES_PER_WRITE, LineBuffer, Lines, StateLog
-from tests.harness import FakeClock, FolderCase, datagram, fields, logged_states, read_log, wait_until
+from tests.harness import (
+    FakeClock,
+    FolderCase,
+    datagram,
+    fields,
+    logged_states,
+    parse_datagram,
+    read_log,
+    wait_until,
+)
 
 WALL_S = 1755532567.5028431
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unittest
 
-from engine_state import FIELDS, parse_datagram
+from engine_state import FIELDS
 from state_record import (
     History,
     decode_record,
@@ -15,7 +15,7 @@ from state_record import (
     same_state,
     timestamp_ms,
 )
-from tests.harness import datagram
+from tests.harness import datagram, parse_datagram
 from tests.test_engine_state import VALID
 
 RECEIVED_S = 1_755_532_567.5

@@ -8,11 +8,10 @@ from typing import Any
 from unittest import mock
 
 from config import read_config
-from engine_state import parse_datagram
 from engine_view import EngineView
 from state_store import Batch, StateStore
 from table_room import MAX_HISTORY_BYTES
-from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, batch, datagram
+from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, batch, datagram, parse_datagram
 
 STALE_MS = 2000
 EXPIRE_MS = 6000
