@@ -356,7 +356,7 @@ def example_environment() -> str:
     """
     lines = [
         "# Every setting of the state gateway, at its default: for `EnvironmentFile=` of systemd, `--env-file` of",
-        "# Docker, or a shell (`set -a; . ./gateway.env; set +a`). Where a variable has # before it, its default",
+        "# Docker, or a shell (`set -a; . ./gateway.env; set +a`). If a variable has # before it, its default",
         "# follows from other settings.",
     ]
     for setting in SETTINGS:
