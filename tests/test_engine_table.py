@@ -1186,9 +1186,9 @@ class InUse(unittest.TestCase):
                 self.assertLess(now - pushed[engine_id], 1.0 + 4.0)
             return found
 
+        logging.getLogger("engine_table").disabled = True
+        self.addCleanup(setattr, logging.getLogger("engine_table"), "disabled", False)
         with again_and_again(0.05, push), EngineTable(f"http://localhost:{port}") as table:
-            logging.getLogger("engine_table").disabled = True
-            self.addCleanup(setattr, logging.getLogger("engine_table"), "disabled", False)
             with daemon(**settings):
                 wait_until("all to be seen", lambda: live() == {"a", "b", "c"})
                 silent.add("b")
