@@ -776,6 +776,7 @@ class Reading:
     step_ms: float | None = None  # of the last step, where the engine says just that
     step_tokens: Counted | None = None  # tokens worked on in steps, and steps
     tokens: float | None = None  # a counter of all tokens worked on
+    rate_s: float = 1.0  # over how long its rate is true: one that moves when requests end comes in jumps
     idle_is_proof: bool = True  # False: even an idle engine changes its marker
 
 
@@ -891,9 +892,12 @@ class Meter:
         now, before = reading.step_times, self._step_times
         if now is None:
             return
-        self._step_times = now
-        if before is None or now.times <= before.times or now.total < before.total:
+        if before is None or now.times < before.times or now.total < before.total:
+            self._step_times = now
             return
+        if now.times == before.times or now.total == before.total:
+            return  # no step takes no time: one of the two is rounded, or comes with the next look
+        self._step_times = now
         latency_ms = 1000 * (now.total - before.total) / (now.times - before.times)
         # About the mean of the last ten steps: a few new ones do not stand for the next, and a hang is soon forgotten.
         weight = min(1.0, (now.times - before.times) / 10) if self._latency_ms else 1.0
@@ -933,8 +937,8 @@ class Meter:
             self._rate_from = None
         elif since is None:
             self._rate_from = (now, tokens)
-        elif now - since[0] >= 1.0:
-            if now - since[0] < 2.0:  # longer is an engine that stood still
+        elif now - since[0] >= reading.rate_s:
+            if now - since[0] < reading.rate_s + 1.0:  # longer is an engine that stood still
                 self._capacity = max(self._capacity, (tokens - since[1]) / (now - since[0]))
             self._rate_from = (now, tokens)
 
@@ -2193,8 +2197,8 @@ class LlamaCppAdapter(Adapter):
     prefixes = (b"llamacpp:",)
     owner = "llamacpp"
     sources: ClassVar[Mapping[str, str]] = {
-        "latency_pred_ms": "llamacpp:prompt_seconds_total + tokens_predicted_seconds_total, a decode",
-        "scheduling_mode": "tokens a decode, by its counters",
+        "latency_pred_ms": "llamacpp:tokens_predicted_seconds_total, a token, as requests end",
+        "scheduling_mode": "tokens a decode, by its counters and /slots",
         "pending_tokens_total": "/slots, exact; and llamacpp:requests_deferred x mean prompt of the slots",
         "kv_cache_free_blocks": "/slots, in tokens",
         "kv_cache_total_blocks": "/slots: sum of n_ctx, in tokens",
@@ -2204,13 +2208,14 @@ class LlamaCppAdapter(Adapter):
     }
     hints = (
         "--metrics: without it waiting requests cannot be known, and nothing is sent",
-        "--slots: without it pending tokens and the KV cache are not known",
+        "--slots: without it pending tokens, the KV cache and the capacity are not known",
     )
     NAMES = (
         *("llamacpp:requests_processing", "llamacpp:requests_deferred"),
         *("llamacpp:prompt_tokens_total", "llamacpp:tokens_predicted_total", "llamacpp:n_decode_total"),
-        *("llamacpp:prompt_seconds_total", "llamacpp:tokens_predicted_seconds_total"),
+        "llamacpp:tokens_predicted_seconds_total",
     )
+    EXACT = 10_000_000  # It writes six digits: above, the growth of a second is lost in rounding.
 
     def __init__(self, client: EngineClient) -> None:
         super().__init__(client)
@@ -2236,22 +2241,21 @@ class LlamaCppAdapter(Adapter):
         prompt, predicted = page.total("llamacpp:prompt_tokens_total"), page.total("llamacpp:tokens_predicted_total")
         decodes = page.total("llamacpp:n_decode_total")
         seconds = page.total("llamacpp:tokens_predicted_seconds_total")
-        if prompt is not None and predicted is not None:
-            reading.tokens = prompt + predicted
-            if decodes is not None:
-                reading.step_tokens = Counted(reading.tokens, decodes)
-        if seconds is not None and decodes is not None:
-            reading.step_times = Counted(seconds + (page.total("llamacpp:prompt_seconds_total") or 0.0), decodes)
-        elif seconds is not None and predicted is not None:
+        if seconds is not None and predicted is not None:
             reading.step_times = Counted(seconds, predicted)
         slots = self.client.json("/slots") if self._has_slots else None
         self._has_slots = isinstance(slots, list)
         if isinstance(slots, list):
-            self._read_slots(reading, [one for one in slots if isinstance(one, dict)])
+            decoded = self._read_slots(reading, [one for one in slots if isinstance(one, dict)])
+            if prompt is not None and predicted is not None and prompt + predicted < self.EXACT:
+                # What was decoded is counted when its request ends; until then its slot knows.
+                reading.tokens = prompt + predicted + decoded
+                reading.step_tokens = None if decodes is None else Counted(reading.tokens, decodes)
         return Look([reading], now)
 
-    def _read_slots(self, reading: Reading, slots: Sequence[dict[str, Any]]) -> None:
-        total = used = pending = 0
+    def _read_slots(self, reading: Reading, slots: Sequence[dict[str, Any]]) -> int:
+        """Put down what the slots say; returns how many tokens were decoded for requests that are not over."""
+        total = used = pending = decoding = 0
         prompts = []
         for slot in slots:
             total += int(_number_in(slot, "n_ctx") or 0)
@@ -2264,6 +2268,7 @@ class LlamaCppAdapter(Adapter):
             following = slot.get("next_token")
             following = following[0] if isinstance(following, list) and following else following
             decoded = int(_number_in(following, "n_decoded") or 0) if isinstance(following, dict) else 0
+            decoding += decoded
             used += max(prompt, done + decoded)
             if decoded == 0:
                 pending += max(0, prompt - done)
@@ -2275,6 +2280,7 @@ class LlamaCppAdapter(Adapter):
         reading.pending = pending + round(reading.waiting * self._mean_prompt)
         if total > 0:
             reading.total, reading.free = total, max(0, total - used)
+        return decoding
 
 
 class MetricsAdapter(Adapter):
@@ -2289,6 +2295,7 @@ class MetricsAdapter(Adapter):
     step_tokens: str | None = None  # a histogram
     last_step_tokens: tuple[str, ...] = ()  # gauges of the last step
     tokens: tuple[str, ...] = ()  # counters
+    rate_s = 1.0  # see Reading
     blocks: tuple[str, str] | None = None  # gauges of free and of all blocks
     steps_gauges: tuple[str, ...] = ()  # gauges that a step sets, and nothing else: they prove that it moves, too
     more: tuple[str, ...] = ()  # what else is read
@@ -2312,7 +2319,7 @@ class MetricsAdapter(Adapter):
             running = int(sum(map(page.need, self.running)))
             waiting = int(page.need(self.waiting[0]) + sum(page.total(name) or 0.0 for name in self.waiting[1:]))
         tokens = [page.total(name) for name in self.tokens]
-        reading = Reading(running, waiting)
+        reading = Reading(running, waiting, rate_s=self.rate_s)
         reading.tokens = None if None in tokens else sum(one or 0.0 for one in tokens)
         reading.step_times = page.counted(self.step_times) if self.step_times else None
         reading.step_tokens = page.counted(self.step_tokens) if self.step_tokens else None
@@ -2360,7 +2367,7 @@ class TensorRtAdapter(MetricsAdapter):
         "pending_tokens_total": "trtllm_num_requests_waiting x mean prompt of the last minute: an estimate",
         "kv_cache_free_blocks": "trtllm_kv_cache_free_blocks",
         "kv_cache_total_blocks": "trtllm_kv_cache_max_blocks",
-        "engine_capacity": "greatest rate of a second with requests waiting",
+        "engine_capacity": "tokens of requests that ended, greatest rate of 30 s with requests waiting",
         "num_requests_running": "trtllm_num_requests_running",
         "num_requests_waiting": "trtllm_num_requests_waiting",
     }
@@ -2375,6 +2382,7 @@ class TensorRtAdapter(MetricsAdapter):
     step_seconds = "trtllm_iteration_latency_seconds"
     last_step_tokens = ("trtllm_total_context_tokens", "trtllm_num_generation_requests")
     tokens = ("trtllm_prompt_tokens_total", "trtllm_generation_tokens_total")
+    rate_s = 30.0
     blocks = ("trtllm_kv_cache_free_blocks", "trtllm_kv_cache_max_blocks")
     # Its counters move only when a request ends, which may take minutes.
     steps_gauges = ("trtllm_iteration_latency_seconds", "trtllm_kv_cache_used_blocks", *last_step_tokens)
@@ -2396,7 +2404,7 @@ class TgiAdapter(MetricsAdapter):
         "pending_tokens_total": "tgi_queue_size x mean prompt of the last minute: an estimate",
         "kv_cache_free_blocks": "tgi_batch_current_max_tokens of the total, in tokens: what is set aside",
         "kv_cache_total_blocks": "tgi_batch_max_total_tokens, or max_batch_total_tokens of /info, in tokens",
-        "engine_capacity": "tokens of requests that ended, greatest rate of a second with requests waiting",
+        "engine_capacity": "tokens of requests that ended, greatest rate of 30 s with requests waiting",
         "num_requests_running": "tgi_batch_current_size",
         "num_requests_waiting": "tgi_queue_size",
     }
@@ -2405,6 +2413,7 @@ class TgiAdapter(MetricsAdapter):
     prompts = "tgi_request_input_length"
     step_times = "tgi_request_mean_time_per_token_duration"
     tokens = ("tgi_request_input_length_sum", "tgi_request_generated_tokens_sum")
+    rate_s = 30.0
     more = (
         *("tgi_batch_current_max_tokens", "tgi_batch_max_total_tokens"),
         *("tgi_request_count", "tgi_batch_forward_duration_count"),

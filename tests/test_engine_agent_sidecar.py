@@ -449,7 +449,45 @@ class Others(unittest.TestCase):
         (one,) = look.readings
         self.assertEqual((one.running, one.waiting, one.pending), (2, 3, 250 + 3 * 300))
         self.assertEqual((one.total, one.free), (6144, 6144 - 400 - 211))
-        self.assertEqual((one.step_times, one.step_tokens), ((2.0, 200), (1500, 200)))
+        self.assertEqual((one.step_times, one.step_tokens), ((1.5, 500), (1511, 200)))
+
+    def test_a_llama_cpp_in_the_midst_of_requests_keeps_its_latency_and_counts_their_tokens(self) -> None:
+        """It counts tokens and seconds when a request ends, decodes at once."""
+        slot = {"n_ctx": 2048, "is_processing": True, "n_prompt_tokens": 210, "n_prompt_tokens_processed": 200}
+        client = Client({"/metrics": self.LLAMA})
+        adapter, meter = LlamaCppAdapter(client), engine_agent.Meter(None)
+        for turn, decoded in enumerate((0, 400, 800, 1200)):
+            client.answers["/slots"] = [{**slot, "next_token": [{"n_decoded": decoded}]}]
+            (one,) = self.look(adapter).readings
+            load = meter.measure(one, float(turn))
+            client.answers["/metrics"] = client.answers["/metrics"].replace("decode_total 2", "decode_total 22")
+        self.assertEqual((load.latency_pred_ms, load.engine_capacity), (0.0, 400.0))
+        ended = self.LLAMA.replace("predicted_total 500", "predicted_total 2000").replace("total 1.5", "total 16.5")
+        client.answers |= {"/metrics": ended, "/slots": [{**slot, "is_processing": False}]}
+        load = meter.measure(self.look(adapter).readings[0], 4.0)
+        self.assertEqual((round(load.latency_pred_ms, 3), load.engine_capacity), (10.0, 400.0))
+        self.assertEqual(meter.measure(self.look(adapter).readings[0], 4.2).latency_pred_ms, load.latency_pred_ms)
+
+    def test_a_llama_cpp_that_rounds_its_counters_shows_no_step_of_no_time(self) -> None:
+        """It writes six digits: behind a billion tokens they move apart, and in jumps."""
+        meter = engine_agent.Meter(None)
+        rounded = ((1e7, 1e9), (1e7, 1e9 + 10_000), (1e7 + 100, 1e9 + 10_000), (1e7 + 100, 1e9 + 20_000))
+        seen = [meter.measure(engine_agent.Reading(1, 0, step_times=engine_agent.Counted(*one)), at)
+                for at, one in enumerate(rounded)]  # fmt: skip
+        self.assertEqual([load.latency_pred_ms for load in seen], [0.0, 0.0, 10.0, 10.0])
+        slots = [{"n_ctx": 2048, "is_processing": False}]
+        page = self.LLAMA.replace("predicted_total 500", "predicted_total 1.00001e+09")
+        self.assertIsNone(self.look(LlamaCppAdapter(Client({"/metrics": page, "/slots": slots}))).readings[0].tokens)
+
+    def test_a_capacity_is_not_taken_from_the_moment_in_which_many_requests_end(self) -> None:
+        for kind in (engine_agent.TgiAdapter, engine_agent.TensorRtAdapter):
+            adapter, meter = kind(Client()), engine_agent.Meter(None)
+            for turn in range(305):
+                # Every 10 s eight requests of 500 tokens end together.
+                counted = 4000.0 * (turn // 50)
+                reading = engine_agent.Reading(8, 4, tokens=counted, rate_s=adapter.rate_s)
+                load = meter.measure(reading, turn / 5)
+            self.assertLess(abs(load.engine_capacity - 400), 140)
 
     def test_a_llama_cpp_without_slots_or_metrics(self) -> None:
         adapter = LlamaCppAdapter(Client({"/metrics": self.LLAMA, "/slots": 501}))
