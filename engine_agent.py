@@ -1717,20 +1717,18 @@ class EngineClient:
 
     def _chunked(self, received: bytearray, until: float) -> bytes:
         body = bytearray()
-        at = 0  # what is behind it was not looked at yet
         while True:
-            while (end := received.find(b"\r\n", at)) < 0:
-                if len(received) - at > 1000 or not self._more(received, until):
+            while (end := received.find(b"\r\n")) < 0:
+                if len(received) > 1000 or not self._more(received, until):
                     raise NoAnswer("the answer was cut off")
-            size = int(bytes(received[at:end]).split(b";")[0], 16)
-            at = end + 2
+            size = int(bytes(received[:end]).split(b";")[0], 16)
             if size > self.MOST_BYTES or len(body) + size > self.MOST_BYTES:
                 raise NoAnswer(f"the answer is too large: more than {self.MOST_BYTES} bytes")
-            while len(received) < at + size + 2:
+            while len(received) < end + 2 + size + 2:
                 if not self._more(received, until):
                     raise NoAnswer("the answer was cut off")
-            body += received[at : at + size]
-            at += size + 2
+            body += received[end + 2 : end + 2 + size]
+            del received[: end + 2 + size + 2]  # else all of it would be kept twice
             if size == 0:
                 return bytes(body)
 
