@@ -181,12 +181,17 @@ class Field:
     accepts: str  # type and range, as in docs/engines.md's table
     meaning: str  # unit and meaning, the same
     check: Callable[[Any, str], Any]
-    canonical: bytes  # what its JSON text looks like in a canonical datagram
+    canonical: bytes  # what its JSON text looks like in a canonical datagram; matches nothing that `check` refuses
     decode: Callable[[bytes], Any]  # from its JSON text
     metric: Metric | None = None
     placeholder: int | None = None  # what a heartbeat has there; None: no field of the load
     unknown: int | None = None  # the value that says that an engine does not know it
     summed: bool = False  # whether the fleet's sum of it means something
+
+    @property
+    def json_type(self) -> str:
+        """What its value is in JSON, by the words of JSON Schema."""
+        return {int: "integer", _decode_number: "number"}.get(self.decode, "string")
 
 
 FIELDS = (

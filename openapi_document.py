@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from config import MODES
 from datagram_signature import SIGNATURE_REASONS
-from engine_state import FIELDS, REASONS
+from engine_state import FIELDS, REASONS, Field
 from fleet_events import EVENT_KINDS
 from gateway_counters import COUNTERS, OUTCOMES, Counter
 from http_message import JSON_TYPE
@@ -69,15 +70,14 @@ def _plain(text: str) -> str:
 
 # -- schemas from the tables -------------------------------------------------------------------------------------------
 
-_TYPES = {"string": "string", "integer": "integer", "finite": "number"}
 _LENGTHS = re.compile(r"([0-9]+) to ([0-9]+) printable")
 _MINIMUM = re.compile(r">= (-?[0-9]+)|, (0) to 2\^53")
 
 
-def _field(accepts: str, meaning: str) -> Schema:
-    """A field's schema from what its row says that is accepted."""
-    schema: Schema = {"type": _TYPES[re.split("[, ]", accepts)[0]], "description": f"{_plain(meaning)} ({accepts})"}
-    lengths, minimum = _LENGTHS.search(accepts), _MINIMUM.search(accepts)
+def _field(field: Field) -> Schema:
+    """A field's schema; the bounds are those that its row names in these words."""
+    schema: Schema = {"type": field.json_type, "description": f"{_plain(field.meaning)} ({field.accepts})"}
+    lengths, minimum = _LENGTHS.search(field.accepts), _MINIMUM.search(field.accepts)
     if lengths:
         schema.update(minLength=int(lengths[1]), maxLength=int(lengths[2]))
     if minimum:
@@ -88,7 +88,7 @@ def _field(accepts: str, meaning: str) -> Schema:
 
 
 def _state_properties() -> dict[str, Schema]:
-    return {field.name: _field(field.accepts, field.meaning) for field in FIELDS}
+    return {field.name: _field(field) for field in FIELDS}
 
 
 _SCALAR: Schema = {"type": ["string", "number", "boolean", "null"], "description": "a further field"}
@@ -163,7 +163,7 @@ def _snapshot() -> Schema:
 _STATS: dict[str, Schema] = {
     "version": _string("version of the gateway"),
     "instance": _SNAPSHOT_HEAD["instance"],
-    "network_mode": _string("how engines push", enum=["unicast", "broadcast"]),
+    "network_mode": _string("how engines push", enum=list(MODES)),
     "bind_address": _string("address that is listened on"),
     "udp_port": _integer("UDP port"),
     "http_port": _or_null(_integer("TCP port; null if there is none")),
@@ -172,8 +172,7 @@ _STATS: dict[str, Schema] = {
     "total_received": _integer("datagrams received"),
     "valid_states": _integer("valid datagrams that were taken"),
     "valid_rate": {**_number("valid_states by total_received, 0.0 before the first"), "maximum": 1},
-    "unicast_received": _integer("datagrams received in unicast mode"),
-    "broadcast_received": _integer("datagrams received in broadcast mode"),
+    **{mode.counter: _integer(f"datagrams received in {mode.name} mode") for mode in MODES.values()},
     "log": {"file": _string("path of the state log")},
 }
 _UNITS = {"_ms": ", ms", "_s": ", s", "_bytes": ", bytes"}

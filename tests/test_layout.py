@@ -65,6 +65,8 @@ gateway = start()
 send(gateway, engine_temperature_c=61.5)
 assert json.loads(get(gateway, "/engines"))["engines"]["test"]["engine_temperature_c"] == 61.5
 assert 'engine_temperature_celsius{engine_id="test"} 61.5' in get(gateway, "/metrics")
+described = json.loads(get(gateway, "/openapi.json"))["components"]["schemas"]["Entry"]["properties"]
+assert described["engine_temperature_c"]["type"] == "number", described
 """,
     ),
     "a setting": Change(
@@ -171,6 +173,8 @@ gateway = start(NETWORK_MODE="multicast")
 stats = send(gateway)
 assert (stats["network_mode"], stats["bind_address"], stats["multicast_received"]) == ("multicast", "0.0.0.0", 1)
 assert 'datagrams_received_total{network_mode="multicast"} 1' in get(gateway, "/metrics")
+described = json.loads(get(gateway, "/openapi.json"))["components"]["schemas"]["Stats"]["properties"]
+assert set(stats) <= set(described) and "multicast" in described["network_mode"]["enum"], described
 """,
     ),
     "a query route": Change(

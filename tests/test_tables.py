@@ -16,7 +16,7 @@ from engine_state import FIELDS, EngineState
 from tests.harness import DEADLINE_S, TOP, Daemon, datagram, logged_states
 
 NEW_FIELD = """    Field(
-        "engine_temperature_c", "finite number >= 0", "how warm it is",
+        "engine_temperature_c", "degrees, 0 or more", "how warm it is",
         _number, _DECIMAL, _decode_number,
         Metric("engine_temperature_celsius", "How warm the engine is"),
     ),
