@@ -1591,6 +1591,7 @@ class EngineClient:
     """HTTP/1.1 GETs to one engine over one kept connection. Each is bounded in time as a whole and in size."""
 
     TIMEOUT_S = 2.0
+    FURTHER_S = 0.3  # for each answer behind the first: some servers forget what was asked with it
     MOST_BYTES = 8_000_000
     MOST_HEADER_BYTES = 65_536
 
@@ -1606,6 +1607,7 @@ class EngineClient:
             + "\r\n"
         )
         self._socket: socket.socket | None = None
+        self._takes_several = True  # questions at once; False as soon as they were not all answered
         self.give_up_at = math.inf  # for all that is asked
 
     def close(self) -> None:
@@ -1616,33 +1618,70 @@ class EngineClient:
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Status and body; raises NoAnswer."""
+        return self.get_all(path)[0]
+
+    def get_all(self, *paths: str) -> list[tuple[int, bytes]]:
+        """Status and body of each; raises NoAnswer. All are asked at once, for which an idle server wakes up once."""
         until = min(time.monotonic() + self.TIMEOUT_S, self.give_up_at)
-        request = f"GET {self._base}{path} HTTP/1.1\r\n{self._headers}".encode("latin-1")
+        answers: list[tuple[int, bytes]] = []
         try:
-            if self._socket is not None:
+            while len(answers) < len(paths):
+                left = paths[len(answers) :]
+                kept, before = self._socket is not None, len(answers)
+                if not kept:
+                    self._connect(until)
                 try:
-                    return self._exchange(request, until)
+                    self._ask(left if self._takes_several else left[:1], answers, until)
                 except _ClosedBefore:  # as any server may while a connection is idle
+                    if not kept and len(answers) == before:
+                        if not self._takes_several or len(left) == 1:
+                            raise
+                        self._takes_several = False
                     self.close()
-            self._connect(until)
-            return self._exchange(request, until)
         except BaseException as error:
             self.close()
             if isinstance(error, _ClosedBefore):
                 raise NoAnswer("the connection was closed without an answer") from None
             if isinstance(error, TimeoutError):
-                raise NoAnswer(f"no answer to {path.split('?')[0]} in time") from None
+                raise NoAnswer(f"no answer to {paths[len(answers)].split('?')[0]} in time") from None
             if isinstance(error, (OSError, ValueError)):
                 raise NoAnswer(_why(error)) from None
             raise
+        return answers
+
+    def _ask(self, paths: Sequence[str], answers: list[tuple[int, bytes]], until: float) -> None:
+        """Ask on the connection, and append each answer. Where several were not all answered, it asks one by one from
+        then on, and leaves the rest to that."""
+        assert self._socket is not None
+        received = bytearray()
+        first = True
+        try:
+            self._socket.settimeout(_left(until))
+            requests = (f"GET {self._base}{path} HTTP/1.1\r\n{self._headers}" for path in paths)
+            self._send("".join(requests).encode("latin-1"))
+            for number in range(1, len(paths) + 1):
+                answers.append(
+                    self._answer(received, until if first else min(until, time.monotonic() + self.FURTHER_S))
+                )
+                first = False
+                if self._socket is None and number < len(paths):
+                    raise _ClosedBefore
+        except (OSError, ValueError, NoAnswer, _ClosedBefore) as error:
+            if len(paths) == 1 or (first and isinstance(error, (TimeoutError, _ClosedBefore))):
+                raise
+            self._takes_several = False
+            self.close()
+
+    def _send(self, requests: bytes) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.sendall(requests)
+        except (ConnectionResetError, BrokenPipeError):
+            raise _ClosedBefore from None
 
     def json(self, path: str) -> Any:
         """The document of a 200, or None."""
-        status, body = self.get(path)
-        try:
-            return json.loads(body) if status == 200 else None
-        except (ValueError, RecursionError):
-            return None
+        return _document(*self.get(path))
 
     def _connect(self, until: float) -> None:
         refused = None
@@ -1665,15 +1704,12 @@ class EngineClient:
                 return
         raise RefusedConnection(_why(refused) if refused else "the name has no address")
 
-    def _exchange(self, request: bytes, until: float) -> tuple[int, bytes]:
-        assert self._socket is not None
-        received = bytearray()
+    def _answer(self, received: bytearray, until: float) -> tuple[int, bytes]:
+        """The next answer on the connection; `received` keeps what came behind it."""
         try:
-            self._socket.settimeout(_left(until))
-            self._socket.sendall(request)
-            if not self._more(received, until):
+            if not received and not self._more(received, until):
                 raise _ClosedBefore
-        except (ConnectionResetError, BrokenPipeError):
+        except ConnectionResetError:
             raise _ClosedBefore from None
         while (end := received.find(b"\r\n\r\n")) < 0:
             if len(received) > self.MOST_HEADER_BYTES or not self._more(received, until):
@@ -1707,7 +1743,9 @@ class EngineClient:
         while len(received) < length:
             if not self._more(received, until):
                 raise NoAnswer("the answer was cut off")
-        return bytes(received[:length])
+        body = bytes(received[:length])
+        del received[:length]
+        return body
 
     def _rest(self, received: bytearray, until: float) -> bytes:
         while self._more(received, until):
@@ -1731,6 +1769,13 @@ class EngineClient:
             del received[: end + 2 + size + 2]  # else all of it would be kept twice
             if size == 0:
                 return bytes(body)
+
+
+def _document(status: int, body: bytes) -> Any:
+    try:
+        return json.loads(body) if status == 200 else None
+    except (ValueError, RecursionError):
+        return None
 
 
 class _ClosedBefore(Exception):
@@ -1949,6 +1994,7 @@ class VllmAdapter(Adapter):
         self._asks_load = False
         self._busy_zeros = 0  # answers of /load while it was busy
         self._health_asked_at = -math.inf
+        self._ahead: dict[str, tuple[int, bytes]] = {}  # answers of this look that were asked for in advance
 
     def describe(self) -> None:
         """See Adapter."""
@@ -1970,8 +2016,11 @@ class VllmAdapter(Adapter):
                 self._idle_look = look
             return Look(look.readings, at(), 0, lacks_ranks=look.lacks_ranks)
         look = None
+        self._ahead.clear()
         if self._idle and self._filtered and now - self._full_at < self.FULL_EVERY_S:
-            look = self._look(self._filtered_page(self.IDLE), at())
+            asked_at = at()  # the page is that old at most
+            self._ask_ahead(now)
+            look = self._look(self._filtered_page(self.IDLE), asked_at)
         if look is None or not _is_idle(look):
             look = self._look(self._page(now), at())
             self._full_at = now
@@ -1988,8 +2037,20 @@ class VllmAdapter(Adapter):
         self._loads_alone = 0
         return look
 
+    def _ask_ahead(self, now: float) -> None:
+        """Ask at once for what is needed if the engine is idle, as it was: it costs it less."""
+        paths = [self._filter(self.IDLE)]
+        if now - self._health_asked_at >= self.HEALTH_EVERY_S:
+            paths.append("/health")
+        if self.tracks_load or (self.tracks_load is None and not self._asks_load):
+            paths.append("/load")
+        self._ahead = dict(zip(paths, self.client.get_all(*paths), strict=True))
+
+    def _get(self, path: str) -> tuple[int, bytes]:
+        return self._ahead.pop(path, None) or self.client.get(path)
+
     def _must_be_healthy(self) -> None:
-        status, _ = self.client.get("/health")
+        status, _ = self._get("/health")
         if status >= 500:
             self._health_asked_at = -math.inf  # until it says something else, each look asks
             raise NoAnswer(f"/health is answered with {status}")
@@ -2015,13 +2076,16 @@ class VllmAdapter(Adapter):
             look.in_flight = None
 
     def _load(self) -> int | None:
-        document = self.client.json("/load")
+        document = _document(*self._get("/load"))
         found = _number_in(document, "server_load") if isinstance(document, dict) else None
         return None if found is None else int(found)
 
+    @staticmethod
+    def _filter(names: Iterable[str]) -> str:
+        return "/metrics/?" + "&".join(f"name%5B%5D={name}" for name in names)
+
     def _filtered_page(self, names: Iterable[str]) -> Page:
-        query = "&".join(f"name%5B%5D={name}" for name in names)
-        status, text = self.client.get(f"/metrics/?{query}")
+        status, text = self._get(self._filter(names))
         return Page(self._pattern, text if status == 200 else b"")
 
     def _page(self, now: float) -> Page:

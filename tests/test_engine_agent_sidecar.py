@@ -90,6 +90,9 @@ class Client(EngineClient):
             return answer, b"<html>no</html>"
         return 200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
 
+    def get_all(self, *paths: str) -> list[tuple[int, bytes]]:
+        return [self.get(path) for path in paths]
+
 
 class Pages(unittest.TestCase):
     """Of a page of metrics only what is asked for is read, and only what is a number."""
@@ -247,6 +250,24 @@ class Vllm(unittest.TestCase):
                     agent.saw(self.look(load={"server_load": 2}))
                 self.assertEqual(sent[-1]["phase"], STUCK)
                 self.assertLessEqual(len(sent) - before, 2, "one more as idle, at most")
+
+    def test_an_idle_engine_is_woken_once_for_a_page_its_health_and_its_load(self) -> None:
+        self.look()
+        self.look()
+        at_once: list[tuple[str, ...]] = []
+        whole = self.client.get_all
+
+        def asked_at_once(*paths: str) -> list[tuple[int, bytes]]:
+            at_once.append(paths)
+            return whole(*paths)
+
+        with mock.patch.object(self.client, "get_all", asked_at_once):
+            for _ in range(6):
+                self.client.asked.clear()
+                look = self.look()
+                self.assertLessEqual(look.at.at, self.clock.now)
+        self.assertTrue(any(len(paths) > 1 for paths in at_once), at_once)
+        self.assertFalse(self.adapter._ahead, "an answer is used once, and not kept for another look")
 
     def test_a_request_that_comes_to_an_idle_engine_is_seen_with_the_next_look(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3})
@@ -648,6 +669,10 @@ def server(serve: Callable[[socket.socket], None], context: ssl.SSLContext | Non
         thread.join(30)
 
 
+def _raise(error: Exception) -> Any:
+    raise error
+
+
 def request(connection: socket.socket) -> bytes:
     """One request's head; raises OSError at the end."""
     head = b""
@@ -695,6 +720,66 @@ class AskingOverHttp(unittest.TestCase):
             (b"HTTP/1.0 200 OK\r\n\r\nto the end", (200, b"to the end")),
         ):
             self.assertEqual(self.get(answer), [expected])
+
+    def test_several_are_asked_at_once_and_where_not_all_are_answered_one_by_one(self) -> None:
+        """Whatever a server makes of it: all answers come, each to its question."""
+
+        def answer(path: bytes, how: str) -> bytes:
+            closes = b"Connection: close\r\n" if how == "closes" else b""
+            return b"HTTP/1.%d 200 OK\r\n%bContent-Length: 2\r\n\r\n%b" % (how != "old", closes, path)
+
+        for how, connections in (("keeps", 1), ("closes", 4), ("old", 4), ("forgets", 2), ("hates", 2), ("breaks", 2)):
+            opened: list[socket.socket] = []
+
+            def serve(connection: socket.socket, how: str = how, opened: list[socket.socket] = opened) -> None:
+                opened.append(connection)
+                head = b""
+                while True:
+                    head += connection.recv(65536) or _raise(OSError())
+                    asked = [line.split()[1] for line in head.split(b"\r\n") if line.startswith(b"GET ")]
+                    if how == "hates" and len(asked) > 1:
+                        return
+                    for number, path in enumerate(asked):
+                        if number and how == "forgets":
+                            break
+                        if number and how == "breaks":
+                            connection.sendall(b"nonsense" * 20_000)
+                            return
+                        connection.sendall(answer(path, how))
+                        if how in ("closes", "old"):
+                            return
+                    head = b""
+
+            further_s = 0.05 if how == "forgets" else 60.0
+            with (
+                self.subTest(how=how),
+                mock.patch.multiple(EngineClient, TIMEOUT_S=60.0, FURTHER_S=further_s),
+                server(serve) as url,
+                contextlib.closing(EngineClient(url)) as client,
+            ):
+                for _ in range(2):
+                    self.assertEqual(client.get_all("/1", "/2"), [(200, b"/1"), (200, b"/2")])
+                self.assertEqual(len(opened), connections)
+
+    def test_several_of_which_none_is_answered_are_said_to_be_so(self) -> None:
+        release = threading.Event()
+
+        def hang_up(connection: socket.socket) -> None:
+            connection.recv(65536)
+
+        def keep_silent(_: socket.socket) -> None:
+            release.wait(60)
+
+        for serve, text, timeout_s in ((hang_up, "without an answer", 60.0), (keep_silent, "no answer to /1", 0.05)):
+            with (
+                mock.patch.object(EngineClient, "TIMEOUT_S", timeout_s),
+                server(serve) as url,
+                contextlib.closing(EngineClient(url)) as client,
+            ):
+                with self.assertRaisesRegex(NoAnswer, text):
+                    client.get_all("/1", "/2")
+                if serve is keep_silent:
+                    release.set()
 
     def test_what_is_asked(self) -> None:
         self.get(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", api_key="secret")
