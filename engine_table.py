@@ -80,7 +80,9 @@ SUMMED = ("pending_tokens_total", "engine_capacity", "kv_cache_free_blocks", "kv
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 5.0  # from the request to the head of the answer
-SNAPSHOT_TIMEOUT_S = 10.0  # from then to the first event's beginning
+SNAPSHOT_TIMEOUT_S = 10.0  # from then to the first event's beginning, and of silence until that event is whole
+EVENT_TIMEOUT_S = 60.0  # from an event's first byte to its last
+REFUSAL_TIMEOUT_S = 1.0  # for the words that come with a refusal
 SILENCE_S = 20.0  # of a stream; a gateway that has nothing to tell sends a comment every 15 s
 HUNG_AFTER_S = 1.0  # beyond the threshold, while engines were live: by then the gateway must have called one stale
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.1, 2.0  # the delay doubles; the longest is also what `retry:` says, up to 30 s
@@ -336,6 +338,15 @@ class Entry:
     def __repr__(self) -> str:
         return f"<Entry {self.engine_id!r} {self.status} age_ms={self.age_ms}>"
 
+    def __copy__(self) -> Entry:
+        return self  # it is never changed
+
+    def __deepcopy__(self, _: object) -> Entry:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError("an Entry cannot be pickled: its ages are by this process's clock; use its as_dict()")
+
     @property
     def age_ms(self) -> int:
         """Since the engine was last heard from, in ms, by the gateway that heard from it last."""
@@ -401,11 +412,13 @@ _STATE = (
     "engine_id", "timestamp_ms", "latency_pred_ms", "scheduling_mode", "pending_tokens_total", "kv_cache_free_blocks",
     "kv_cache_total_blocks", "engine_capacity",
 )  # fmt: skip
+_AVAILABLE = frozenset((LIVE, STALE))  # a status that is not known here takes no requests either
 _OPTIONAL: dict[str, Any] = {"phase": None, "restarts": 0, "lost": None, "conflict": False, "extra": {}}
 _state_of = itemgetter(*_STATE)
 _needed_of = itemgetter(
     "engine_id", "age_ms", "state_age_ms", "received_ms", "pending_tokens_total", "engine_capacity", "heartbeat",
     "status", "kv_cache_free_blocks", "kv_cache_total_blocks", "latency_pred_ms", "timestamp_ms", "scheduling_mode",
+    "source", "clock_offset_ms",
 )  # fmt: skip
 
 
@@ -565,10 +578,12 @@ class _Gateway:
         """An entry from what came; raises LookupError, TypeError or ValueError where it is none."""
         (
             engine_id, age_ms, state_age_ms, received_ms, pending, capacity, heartbeat,
-            status, free, total, latency, timestamp_ms, mode,
+            status, free, total, latency, timestamp_ms, mode, source, clock_offset_ms,
         ) = _needed_of(fields)  # fmt: skip
         if not (
-            type(engine_id) is type(mode) is type(status) is str
+            type(engine_id) is type(mode) is type(status) is type(source) is str
+            and engine_id.isprintable()
+            and type(clock_offset_ms) is int
             and 0 <= age_ms <= MAX_INTEGER
             and 0 <= state_age_ms <= MAX_INTEGER
             and 0 <= received_ms <= MAX_INTEGER
@@ -580,14 +595,23 @@ class _Gateway:
             and 0 <= latency < math.inf
         ):
             raise ValueError("a field is out of its range")
-        phase = fields.get("phase")
+        get = fields.get
+        phase, extra, lost = get("phase"), get("extra"), get("lost")
+        if not (
+            (phase is None or type(phase) is str)
+            and (extra is None or type(extra) is dict)
+            and (lost is None or type(lost) is int)
+            and type(get("restarts", 0)) is int
+            and type(get("conflict", False)) is bool
+        ):
+            raise ValueError("phase, extra, lost, restarts or conflict is not what it should be")
         return Entry(
             fields,
             self,
             written_at - age_ms / 1000,
             written_at - state_age_ms / 1000,
-            status != UNAVAILABLE and (phase is None or phase == "serving"),
-            not heartbeat and fields.get("load_known", True) is True,
+            status in _AVAILABLE and (phase is None or phase == "serving"),
+            not heartbeat and get("load_known", True) is True,
         )
 
 
@@ -658,6 +682,41 @@ class _Refused(Exception):
     """A gateway's answer that is no event stream."""
 
 
+class _Received(io.RawIOBase):
+    """The bytes that come on a connection; nobody waits for them beyond `deadline`, however few come at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        self._socket = sock
+        self.deadline = float("inf")  # monotonic s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("timed out")
+        self._socket.settimeout(left_s)
+        return self._socket.recv_into(buffer)
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def answer(self) -> http.client.HTTPResponse:
+        """The head of the answer, within ANSWER_TIMEOUT_S; raises OSError or HTTPException."""
+        self.deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        response = http.client.HTTPResponse(self, method="GET")  # type: ignore[arg-type]
+        try:
+            response.begin()
+            while 101 < response.status < 200:  # http.client passes over 100 only: the answer is still to come
+                response.headers = None  # type: ignore[assignment]
+                response.begin()
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s") from None
+        return response
+
+
 class _Follower:
     """Follows /watch of one gateway address, in a thread of its own, until it is stopped."""
 
@@ -667,6 +726,7 @@ class _Follower:
         self.gateway = gateway
         self.failed_to_connect = False
         self._stop = threading.Event()
+        self._retry_now = threading.Event()
         self._socket: socket.socket | None = None
         self._stream = EventStream()
         self._resumes = False
@@ -680,7 +740,12 @@ class _Follower:
     def stop(self) -> None:
         """Make the thread end soon; from any thread, twice is harmless."""
         self._stop.set()
+        self._retry_now.set()
         self.close_socket()
+
+    def retry_now(self) -> None:
+        """If the thread waits before it tries again, end that; from any thread."""
+        self._retry_now.set()
 
     def close_socket(self, *, shut_down: bool = True) -> None:
         """Wake the thread if it waits for the gateway; without `shut_down`, only let go of the descriptor."""
@@ -723,7 +788,9 @@ class _Follower:
                 if self._retry_ms is not None and longest == LONGEST_RETRY_S:
                     longest = min(max(self._retry_ms / 1000, FIRST_RETRY_S), 30.0)
                 delay = min(longest, FIRST_RETRY_S * 2 ** min(failures - 1, 20))
-                self._stop.wait(delay * random.uniform(0.5, 1.0))
+                self._retry_now.clear()
+                if not self._stop.is_set():
+                    self._retry_now.wait(delay * random.uniform(0.5, 1.0))
         self._table._set_connected(self.gateway, False)
         self.gateway.followed = False
         self.gateway.problem = "no longer followed"
@@ -734,7 +801,7 @@ class _Follower:
         self._name.say(f"cannot be followed, and what it told grows old: {problem}", self.gateway.address)
 
     def _follow(self) -> None:
-        """Open the stream and follow it until it breaks; returns where it is to be opened once more at once."""
+        """Open the stream and follow it until it breaks; returns if it is to be opened once more at once."""
         clock = self.gateway.clock
         sock = self._socket = self._connect()
         connection = self._name.connection()
@@ -746,14 +813,12 @@ class _Follower:
             resumes = self._resumes
             last_event_id = self._stream.last_event_id if resumes else ""
             self._name.ask(connection, "/watch", "text/event-stream", last_event_id)
-            try:
-                response = connection.getresponse()
-            except TimeoutError:
-                raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s") from None
-            self._check(response)
+            received = _Received(sock)
+            response = received.answer()
+            self._check(response, received)
             self._resumes = False  # until something came that can be used
             self._stream = EventStream(last_event_id=last_event_id)
-            self._read(sock, response, resumes)
+            self._read(received, response, resumes)
         except UnicodeEncodeError as error:
             raise _Refused(f"the request cannot be written: {error}") from None
         finally:
@@ -770,15 +835,22 @@ class _Follower:
     def _set_socket(self, sock: socket.socket) -> None:
         self._socket = sock
 
-    def _check(self, response: http.client.HTTPResponse) -> None:
-        """Raise _Refused where the answer is no event stream, saying what it is and what to do."""
+    def _check(self, response: http.client.HTTPResponse, received: _Received) -> None:
+        """Raise _Refused if the answer is no event stream, saying what it is and what to do."""
         if response.status != 200:
-            said = response.read1(300).decode("utf-8", "replace").strip()
+            received.deadline = time.monotonic() + REFUSAL_TIMEOUT_S
+            try:
+                said = response.read1(300).decode("utf-8", "replace").strip()
+            except (OSError, http.client.HTTPException):
+                said = ""
             hint = {
                 401: "; it wants a token: EngineTable(..., token=...), or --token-file",
                 403: "; is the token one of its HTTP_TOKENS_FILE?",
                 404: "; is this a state gateway, and is the base path right?",
             }.get(response.status, "")
+            leads_to = response.getheader("Location")
+            if 300 <= response.status < 400 and leads_to:
+                hint = f"; it is not followed to {leads_to[:200]!r}: if a gateway is there, give its URL"
             raise _Refused(f"it answered {response.status} {response.reason}{hint}: {said[:200]!r}")
         kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
         if kind != "text/event-stream":
@@ -786,37 +858,45 @@ class _Follower:
         if (response.getheader("Content-Encoding") or "identity").strip().lower() != "identity":
             raise _Refused("its event stream is compressed, which was not asked for: a proxy between must not do that")
 
-    def _read(self, sock: socket.socket, response: http.client.HTTPResponse, resumes: bool) -> None:
+    def _read(self, received: _Received, response: http.client.HTTPResponse, resumes: bool) -> None:
         gateway, stream, clock = self.gateway, self._stream, self.gateway.clock
-        arrived_at = opened_at = clock()
-        is_first = True
+        arrived_at = clock()
+        is_first, was_within = True, False
+        snapshot_by = float("inf") if resumes else time.monotonic() + SNAPSHOT_TIMEOUT_S
+        whole_by = float("inf")  # the event that has begun
         if resumes:
             self._is_followed()
         while True:
-            wait_s = SILENCE_S
+            wait_s = SILENCE_S if snapshot_by == float("inf") else min(SILENCE_S, SNAPSHOT_TIMEOUT_S)
             if gateway.live_until > arrived_at:
-                wait_s = min(SILENCE_S, gateway.live_until - arrived_at + HUNG_AFTER_S)
-            sock.settimeout(wait_s)
+                wait_s = min(wait_s, gateway.live_until - arrived_at + HUNG_AFTER_S)
+            limit = whole_by if stream.is_within else snapshot_by
+            received.deadline = min(time.monotonic() + wait_s, limit)
             try:
-                received = response.read1(READ_BYTES)
+                piece = response.read1(READ_BYTES)
             except TimeoutError:
-                raise TimeoutError(f"it has been silent for {wait_s:.1f} s, and is taken for hung") from None
+                if received.deadline < limit:
+                    raise TimeoutError(f"it has been silent for {wait_s:.1f} s, and is taken for hung") from None
+                if stream.is_within:
+                    raise TimeoutError(f"an event is not whole after {EVENT_TIMEOUT_S:g} s") from None
+                raise StreamError(f"no snapshot within {SNAPSHOT_TIMEOUT_S:g} s; is this a state gateway?") from None
             except http.client.IncompleteRead:
                 raise OSError("it broke off the stream") from None
             arrived_at = clock()
-            if not received:
+            if not piece:
                 raise OSError("it closed the stream")
-            events = stream.feed(received, arrived_at)
+            events = stream.feed(piece, arrived_at)
             gateway.arrived_at = arrived_at
             if stream.retry_ms is not None:
                 self._retry_ms = stream.retry_ms
+            if events or (stream.is_within and not was_within):
+                whole_by = time.monotonic() + EVENT_TIMEOUT_S
+            was_within = stream.is_within
             if not events:
-                if is_first and not resumes and not stream.is_within and clock() - opened_at > SNAPSHOT_TIMEOUT_S:
-                    raise StreamError(f"no snapshot within {SNAPSHOT_TIMEOUT_S:g} s; is this a state gateway?")
                 continue
             if is_first and events[0][0] not in (_KINDS if resumes else (_SNAPSHOT,)):
                 raise StreamError(f"its first event is {events[0][0][:40]!r}, not a snapshot")
-            is_first = False
+            is_first, snapshot_by = False, float("inf")
             if self._take(events, arrived_at):
                 self._resumes = bool(stream.last_event_id)
             if not gateway.connected:
@@ -984,7 +1064,7 @@ class _Name:
         try:
             connection.sock = self.connect(addresses[0])
             self.ask(connection, path, "application/json")
-            response = connection.getresponse()
+            response = _Received(connection.sock).answer()
             return _parse_json(response.read(MAX_EVENT_CHARS).decode()) if response.status == 200 else None
         except (OSError, http.client.HTTPException, ValueError, _Refused):
             return None
@@ -994,6 +1074,13 @@ class _Name:
     def start(self) -> None:
         """Begin to follow."""
         self.thread.start()
+
+    def retry_now(self) -> None:
+        """Try again at once where a gateway is not followed."""
+        with self._lock:
+            followers = list(self._followers)
+        for follower in followers:
+            follower.retry_now()
 
     def stop(self) -> list[threading.Thread]:
         """Make every thread end soon; returns them."""
@@ -1124,7 +1211,7 @@ class EngineTable:
     ) -> None:
         if not urls:
             raise ValueError("an EngineTable needs the URL of at least one gateway, as in http://gateway.example:9999")
-        if isinstance(token, str):
+        if token is not None and not callable(token):
             _check_token(token)
         if expire_after_ms is not None and not expire_after_ms > 0:
             raise ValueError(f"expire_after_ms={expire_after_ms!r} is not above 0")
@@ -1143,17 +1230,19 @@ class EngineTable:
         self._live = _Pool()
         self._known = _Pool()
         self._callbacks: list[_Subscription] = []
-        self._begin()
+        self._make_locks()
+        self._start_threads()
         _tables.add(self)
 
-    def _begin(self) -> None:
-        """Make locks and threads, in this process."""
+    def _make_locks(self) -> None:
         # Guards what is known of engines and gateways; nothing slow happens under it. A look at one engine needs none:
         # it is a single look-up in a dictionary, and entries do not change.
         self._lock = threading.Lock()
         self._changed = threading.Condition(threading.Lock())  # guards the version
         self._version = 0
         self._keeper_wake = threading.Event()
+
+    def _start_threads(self) -> None:
         self._names = [_Name(self, url, self._ssl_context) for url in self._urls]
         self._keeper = threading.Thread(target=self._keep, name="engine-table keeper", daemon=True)
         for name in self._names:
@@ -1164,14 +1253,12 @@ class EngineTable:
 
     def get(self, engine_id: str) -> Entry | None:
         """What is known of an engine, or None."""
-        if self._forked:
-            self._begin_in_child()
+        self._use()
         return self._engines.get(engine_id)
 
     def entries(self) -> list[Entry]:
         """Every engine that is known, however old that is."""
-        if self._forked:
-            self._begin_in_child()
+        self._use()
         with self._lock:
             return list(self._engines.values())
 
@@ -1202,8 +1289,7 @@ class EngineTable:
         without a known load out. `exclude` has the ids of engines that were tried already; `where` says of an entry
         whether it may be taken. Two at random: the least loaded one of all would get what all routers have at once.
         """
-        if self._forked:
-            self._begin_in_child()
+        self._use()
         now, pool = self._clock(), self._known if usable else self._live
         first: Entry | None = None
         tries = 0
@@ -1271,9 +1357,11 @@ class EngineTable:
         return iter(self.entries())
 
     def __len__(self) -> int:
+        self._use()
         return len(self._engines)
 
     def __contains__(self, engine_id: object) -> bool:
+        self._use()
         return engine_id in self._engines
 
     def fleet(self) -> dict[str, Any]:
@@ -1307,6 +1395,7 @@ class EngineTable:
 
     def gateways(self) -> list[GatewayStatus]:
         """How each gateway address is doing, also those whose name could not be looked up."""
+        self._use()
         with self._lock:
             unknown = [
                 GatewayStatus(url, "", False, problem, "", 0, 0, 0, 0.0) for url, problem in self._unknown.items()
@@ -1320,8 +1409,7 @@ class EngineTable:
 
         `version = table.wait(1.0, version)` in a loop misses nothing.
         """
-        if self._forked:
-            self._begin_in_child()
+        self._use()
         with self._changed:
             seen = self._version if after is None else after
             self._changed.wait_for(lambda: self._version != seen or self._closed, timeout)
@@ -1342,8 +1430,10 @@ class EngineTable:
         """Have `callback` called with the ids of engines that changed, came, went or grew stale.
 
         Returns a function that ends it. It is called in a thread of the table's, one call at a time; what changes
-        meanwhile is in the next call. What it raises is logged. A slow one holds up nobody but the other callbacks.
+        meanwhile is in the next call. What it raises is logged. A slow one holds up nobody but the other callbacks. A
+        forked child calls those only that it asked for itself.
         """
+        self._use()
         subscription = _Subscription(self._keeper_wake.set, callback)
         with self._changed:
             self._callbacks.append(subscription)
@@ -1369,9 +1459,10 @@ class EngineTable:
                 loop.call_soon_threadsafe(happened.set)
 
         subscription = _Subscription(wake)
-        subscription.add([entry.engine_id for entry in self.entries()])
+        self._use()
         with self._changed:
             self._callbacks.append(subscription)
+        subscription.add([entry.engine_id for entry in self.entries()])
         try:
             while not self._closed:
                 await happened.wait()
@@ -1384,11 +1475,18 @@ class EngineTable:
                 if subscription in self._callbacks:
                     self._callbacks.remove(subscription)
 
+    def retry_now(self) -> None:
+        """Try at once to follow the gateways that are not followed, for callers that know one to be there again."""
+        self._use()
+        for name in self._names:
+            name.retry_now()
+
     # -- the end
 
     def close(self) -> None:
         """End every thread; what is known stays, and grows old. Twice is harmless."""
         self._closed = True
+        self._use()
         threads = [thread for name in self._names for thread in name.stop()]
         self._tell(())
         self._keeper_wake.set()
@@ -1402,8 +1500,13 @@ class EngineTable:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _use(self) -> None:
+        """Of every question: a forked child's first one begins anew there."""
+        if self._forked:
+            self._begin_in_child()
+
     def _begin_in_child(self) -> None:
-        """Of a forked child's first use: locks and threads of its own; what the parent knew stays, and grows old."""
+        """Locks and threads of the child's own; what the parent knew stays, and grows old."""
         with _fork_lock:
             if not self._forked:
                 return
@@ -1413,20 +1516,29 @@ class EngineTable:
             self._live, self._known = _Pool(), _Pool()  # they may have been copied in the middle of a change
             for engine_id, entry in self._engines.items():
                 self._pool(engine_id, entry)
+            self._make_locks()
+            if self._closed:
+                self._names = []  # they have locks that a thread of the parent may have held
+            else:
+                self._start_threads()
             self._forked = False
-            if not self._closed:
-                self._begin()
 
     # -- what the threads do
 
     def _token(self) -> str:
-        token = self._ask_token() if callable(self._ask_token) else self._ask_token
-        if token:
-            try:
-                _check_token(token)
-            except ValueError as error:
-                raise _Refused(str(error)) from None
-        return token or ""
+        if not callable(self._ask_token):
+            return self._ask_token or ""
+        try:
+            token = self._ask_token()
+        except BaseException as error:
+            raise _Refused(f"the function that is asked for the token raised {error!r}") from error
+        if not token:
+            return ""
+        try:
+            _check_token(token)
+        except ValueError as error:
+            raise _Refused(str(error)) from None
+        return token
 
     def _gateway(self, url: _Url, address: str) -> _Gateway:
         """The gateway at an address, as known or new."""
@@ -1607,7 +1719,7 @@ class EngineTable:
             for subscription in list(self._callbacks):
                 try:
                     subscription.call()
-                except Exception:
+                except BaseException:  # nor does it end this thread, which makes engines grow old, with sys.exit()
                     if time.monotonic() - notice_at >= NOTICE_S:
                         notice_at = time.monotonic()
                         logger.exception("a callback that on_change() was given raised")
@@ -1672,8 +1784,10 @@ class _Subscription:
                 self._callback(changed)
 
 
-def _check_token(token: str) -> None:
+def _check_token(token: object) -> None:
     """Raise ValueError for what cannot be sent as a token; the token is not shown."""
+    if not isinstance(token, str):
+        raise ValueError(f"the token is a string, and not of type {type(token).__name__}")
     if not (token and token.isascii() and token.isprintable() and " " not in token):
         raise ValueError("the token has characters that none has: it is printable ASCII without spaces")
 
@@ -2170,6 +2284,7 @@ class _Terminal:
                 (signal.SIGCONT, self._resized),
                 (signal.SIGTSTP, self._suspend),
                 (signal.SIGTERM, self._end),
+                (signal.SIGQUIT, self._end),
                 (signal.SIGHUP, self._end),
             )
         }
@@ -2363,6 +2478,8 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.sort = names.index(options.sort)
     if not 0.05 <= options.interval <= 3600:
         parser.error("--interval is from 0.05 to 3600 seconds")
+    if not 0 <= options.timeout <= 3600:
+        parser.error("--timeout is from 0 to 3600 seconds")
     options.token = options.context = None
     try:
         if options.token_file:

@@ -169,6 +169,8 @@ class FollowingGateway:
                 self._learn_of(status.instance)
             return
         if not self._other.has_gone():
+            if self._gone_since is not None:
+                table.retry_now()  # another worker took its place, and has newer states already
             self._gone_since = None
             return
         if self._gone_since is None:
