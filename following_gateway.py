@@ -32,6 +32,7 @@ ASK_TIMEOUT_S = 0.1  # for which a router waits until it is known who has the po
 STATS_TIMEOUT_S = 1.0
 MAX_ANSWER_BYTES = 1024 * 1024
 LOOK_S = 0.05  # between two looks whether it is still followed
+HURRY_S, HURRIED_LOOK_S = 1.0, 0.02  # after it was lost or came back: a worker may have its place, and newer states
 DAEMON_GONE_S = 10.0  # of a free port, after which a daemon is not expected to come back to it
 STOP_TIMEOUT_S = 1.0
 
@@ -135,6 +136,7 @@ class FollowingGateway:
         self._own_since = 0.0
         self._instance = ""  # of the other one, as followed last
         self._gone_since: float | None = None
+        self._lost_at: float | None = None  # since when it is not followed, or when it came back after that
         self._stats: dict[str, Any] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gateway-follower", daemon=True)
@@ -151,8 +153,11 @@ class FollowingGateway:
     # -- following, and taking the other one's place -------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping.wait(LOOK_S):
+        while not self._stopping.wait(HURRIED_LOOK_S if self._is_in_hurry(self._clock()) else LOOK_S):
             self.look()
+
+    def _is_in_hurry(self, now: float) -> bool:
+        return self._lost_at is not None and now - self._lost_at < HURRY_S
 
     def look(self) -> None:
         """See whether the other gateway is still there, and take its place where it is time to; for the thread."""
@@ -164,15 +169,18 @@ class FollowingGateway:
         assert table is not None
         status = table.gateways()[0] if table.gateways() else None
         if status is not None and status.connected:
-            self._gone_since = None
+            self._gone_since = self._lost_at = None
             if status.instance != self._instance:
                 self._learn_of(status.instance)
             return
         if not self._other.has_gone():
-            if self._gone_since is not None:
-                table.retry_now()  # another worker took its place, and has newer states already
+            if self._lost_at is None or self._gone_since is not None:
+                self._lost_at = now
             self._gone_since = None
+            if self._is_in_hurry(now):
+                table.retry_now()
             return
+        self._lost_at = now
         if self._gone_since is None:
             self._gone_since = now
         if self._other_is_embedded or now - self._gone_since >= DAEMON_GONE_S:
@@ -195,10 +203,12 @@ class FollowingGateway:
             gateway.start()
         except StartError as error:
             logger.debug("another one was faster: %s", error)
+            self._followed().retry_now()
             return
         self._own_since = self._clock()
         self.udp_port, self.http_port = gateway.udp_port, gateway.http_port
         self._own = gateway
+        self._lost_at = None
         if self._stopping.is_set():
             gateway.shutdown()
             return

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -434,6 +436,14 @@ class Entries(TableCase):
         with self.assertRaisesRegex(AttributeError, "no 'nothing'"):
             entry.nothing  # noqa: B018
 
+    def test_a_copy_is_itself_and_it_goes_to_no_other_process(self) -> None:
+        gateway = self.gateway("a")
+        entry = self.table(gateway).get("a")
+        self.assertIs(copy.copy(entry), entry)
+        self.assertIs(copy.deepcopy({"chosen": entry})["chosen"], entry)
+        with self.assertRaisesRegex(TypeError, "as_dict"):
+            pickle.dumps(entry)
+
     def test_work_is_in_seconds_and_unknown_is_none(self) -> None:
         gateway = self.gateway()
         gateway.engines = {
@@ -597,6 +607,8 @@ class Freshness(TableCase):
         for wrong in (
             {"age_ms": -1}, {"age_ms": "7"}, {"age_ms": None}, {"state_age_ms": 10**400}, {"engine_capacity": -1.0},
             {"pending_tokens_total": "many"}, {"scheduling_mode": 5}, {"received_ms": []}, {"status": None},
+            {"phase": []}, {"phase": 5}, {"extra": "x"}, {"extra": [1]}, {"restarts": "x"}, {"lost": {}},
+            {"conflict": 0}, {"source": None}, {"clock_offset_ms": "x"}, {"engine_id": "a\x1b[2J"},
         ):  # fmt: skip
             text = json.dumps({**gateway.entry("a", pending_tokens_total=99), **wrong})
             self.said(table, gateway, gateway.event("state", text))
@@ -899,7 +911,11 @@ class Changes(TableCase):
         def raises(_: frozenset[str]) -> None:
             raise RuntimeError("as a router's own mistake may be")
 
+        def exits(_: frozenset[str]) -> None:
+            raise SystemExit
+
         table.on_change(raises)
+        table.on_change(exits)
         end = table.on_change(seen.update)
         gateway.tell("b")
         wait_until("b to be told", lambda: seen == {"b"})
@@ -1006,6 +1022,8 @@ class Trouble(TableCase):
 
     def test_a_redirection_is_not_followed(self) -> None:
         self.assert_survived(self.http("302 Found", "text/plain", ""), "302 Found")
+        text = b"HTTP/1.1 301 Moved\r\nLocation: https://elsewhere.example/\r\n\r\n"
+        self.assert_survived(self.answers(text), "not followed to 'https://elsewhere.example/'")
 
     def test_no_http(self) -> None:
         self.assert_survived(self.answers(b"SSH-2.0-OpenSSH_9.2\r\n"), "does not speak HTTP")
@@ -1047,6 +1065,48 @@ class Trouble(TableCase):
     def test_one_that_never_answers(self) -> None:
         with mock.patch.object(engine_table, "ANSWER_TIMEOUT_S", 0.02):
             self.assert_survived(lambda *_: None, "no answer within 0.02 s")
+
+    def test_one_that_answers_a_little_at_a_time(self) -> None:
+        def answer(sock: socket.socket, _: str) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+        with mock.patch.object(engine_table, "ANSWER_TIMEOUT_S", 0.02):
+            self.assert_survived(answer, "no answer within 0.02 s")
+
+    def test_a_refusal_without_its_words(self) -> None:
+        with mock.patch.object(engine_table, "REFUSAL_TIMEOUT_S", 0.02):
+            head = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 10\r\n\r\n"
+            self.assert_survived(lambda sock, _: sock.sendall(head), "wants a token")
+
+    def test_an_event_that_never_ends(self) -> None:
+        def answer(sock: socket.socket, _: str) -> None:
+            with contextlib.suppress(OSError):
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+                while True:
+                    sock.sendall(b"data: x\n")
+
+        with mock.patch.object(engine_table, "EVENT_TIMEOUT_S", 0.02):
+            self.assert_survived(answer, "not whole after 0.02 s")
+
+    def test_comments_are_no_snapshot(self) -> None:
+        def answer(sock: socket.socket, _: str) -> None:
+            with contextlib.suppress(OSError):
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+                while True:
+                    sock.sendall(b":\n\n")
+
+        gateway = self.gateway()
+        gateway.answer = answer
+        with (
+            mock.patch.object(engine_table, "SNAPSHOT_TIMEOUT_S", 0.02),
+            self.assertLogs("engine_table") as logged,
+            EngineTable(gateway.url, clock=self.clock),
+        ):
+            wait_until("it to be asked some times", lambda: len(gateway.heads) > 4)
+        self.assertEqual(len(logged.output), 1, logged.output)
+        self.assertRegex(logged.output[0], "no snapshot within 0.02 s|silent for 0.0 s")
 
     def test_one_that_never_tells(self) -> None:
         with mock.patch.object(engine_table, "SILENCE_S", 0.02):
@@ -1106,6 +1166,35 @@ class Asking(TableCase):
         wait_until("it to come back", lambda: len(gateway.heads) > 1 and table.gateways()[0].connected)
         sent = [head.partition("Bearer ")[2].partition("\r\n")[0] for head in gateway.heads[:2]]
         self.assertEqual(sent, ["first-token-0123", "second-token-012"])
+
+    def test_a_token_that_cannot_be_had_is_what_is_wrong(self) -> None:
+        gateway = self.gateway("a")
+
+        def raises() -> str:
+            raise RuntimeError("no vault")
+
+        for token, problem in (
+            (raises, "the function that is asked for the token raised RuntimeError('no vault')"),
+            (lambda: b"0123456789abcdef", "the token is a string, and not of type bytes"),
+        ):
+            with self.subTest(problem):
+                table = EngineTable(gateway.url, token=token, clock=self.clock)  # type: ignore[arg-type]
+                self.addCleanup(table.close)
+                wait_until("it to be said", lambda: bool(table.gateways()))  # noqa: B023
+                wait_until("it to be said", lambda: table.gateways()[0].problem == problem)  # noqa: B023
+        with self.assertRaisesRegex(ValueError, "not of type int"):
+            EngineTable(gateway.url, token=5)  # type: ignore[arg-type]
+
+    def test_answers_before_the_answer_are_passed_over(self) -> None:
+        gateway = self.gateway("a")
+
+        def answer(sock: socket.socket, head: str) -> None:
+            for status in ("103 Early Hints", "100 Continue", "102 Processing"):
+                sock.sendall(f"HTTP/1.1 {status}\r\nLink: </x>\r\n\r\n".encode())
+            gateway.watch(sock, head)
+
+        gateway.answer = answer
+        self.assertEqual(self.known(gateway), {"a"})
 
     def test_a_stream_in_chunks_is_read(self) -> None:
         gateway = self.gateway("a")
@@ -1222,15 +1311,19 @@ class InUse(unittest.TestCase):
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_forked_child_follows_anew(self) -> None:
         program = """
-import os, sys, time, warnings
+import os, sys, threading, time, warnings
 warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
 from engine_table import EngineTable
 table = EngineTable(sys.argv[1])
 assert table.wait_until_known(30)
 print(len(table), flush=True)
-child = os.fork()
+with table._lock, table._changed, table._names[0]._lock:  # as another thread of the parent's may have them
+    child = os.fork()
 if not child:
+    told = threading.Event()
+    table.on_change(lambda ids: told.set())
     assert table.get("a") is not None  # known by the parent
+    assert told.wait(30)
     deadline = time.monotonic() + 30
     while not (len(table.gateways()) == 1 and table.gateways()[0].connected):
         assert time.monotonic() < deadline

@@ -120,6 +120,17 @@ class InOneProcess(unittest.TestCase):
             running.send(datagram(engine_id="b"))
             wait_until("b to be known", lambda: gateway.get_engine_state("b"))
 
+    def test_one_that_came_back_is_followed_without_the_tables_delay(self) -> None:
+        delays = mock.patch.multiple("engine_table", FIRST_RETRY_S=1000.0, LONGEST_RETRY_S=1000.0)
+        with delays, daemon(**self.settings) as running:
+            running.send(datagram(engine_id="a"))
+            gateway = self.get()
+            wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
+            running.stop()
+            wait_until("it to be noticed", lambda: gateway._gone_since is not None)
+            with daemon(**self.settings):
+                wait_until("it to be followed again", gateway.is_ready)
+
     def test_a_daemons_place_is_taken_when_it_has_been_gone_for_long(self) -> None:
         with mock.patch.object(following_gateway, "DAEMON_GONE_S", 0.2):
             with daemon(**self.settings) as running:
