@@ -105,6 +105,7 @@ class Ring(unittest.TestCase):
         for number in range(MAX_SAMPLES + 10):
             names = {f"{number}-{other}-" + chr(0x4E00 + 7 * number + other) * 50: other for other in range(300)}
             stats["fleet"] = {"scheduling_modes": names, "phases": names}
+            stats |= {f"counter_{other}": number**3 * other % 10_000_019 for other in range(60)}
             self.clock.move(10)
             self.assertTrue(samples.take_due())
         names.clear()
