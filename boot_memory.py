@@ -68,7 +68,7 @@ class BootMemory:
         self._engines: dict[bytes, _Engine] = {}  # by engine_id as JSON text
         self._boots = 0
         self._due: list[tuple[float, int, _Boot]] = []  # a heap: when each boot is to be looked at, monotonic s
-        self._pushed = 0  # which decides where two are due at once
+        self._pushed = 0  # decides which is first if two are due at once
         self._now = float("-inf")
         self._wall_ms = 0.0
         self._live_since = float("-inf")
@@ -84,7 +84,7 @@ class BootMemory:
         self._forget_due(MAX_LOOKED_AT)
 
     def judge_all(self, states: Sequence[DatagramTexts], signatures: Sequence[bytes]) -> list[str]:
-        """The same of each of a batch: what is usual, the next number of a known boot, is done without a call."""
+        """What `judge` says of each state of a batch; the usual one, the next number of a known boot, needs no call."""
         engines, now, taken = self._engines, self._now, TAKEN
         earliest, latest = self._wall_ms - MAX_CLOCK_ERROR_MS, self._wall_ms + MAX_CLOCK_ERROR_MS
         at_boot, at_seq, at_phase, gone = BOOT, SEQ, PHASE, GONE

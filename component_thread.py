@@ -54,7 +54,7 @@ class Component(Protocol):
 
     @property
     def last_progress_at(self) -> float:
-        """When the loop was last got round to, monotonic; reading it needs no lock."""
+        """When the loop last began a turn, monotonic s; reading it needs no lock."""
 
     def run(self) -> None:
         """Do the work until `stop` is called; an exception ends the whole gateway."""
@@ -122,7 +122,7 @@ class ComponentThread:
         )
 
     def is_making_progress(self, clock: PauseMeter) -> bool:
-        """Whether the thread is alive and has lately got round to its loop, pauses of the whole process aside."""
+        """Whether the thread is alive and its loop has turned lately; pauses of the whole process do not count."""
         return self.thread.is_alive() and clock.running_s_since(self.component.last_progress_at) < self._stuck_after_s
 
     def stop(self, timeout_s: float) -> bool:

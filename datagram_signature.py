@@ -59,7 +59,7 @@ class SignatureCheck:
             signature = datagram[begins + _BEGINS_BYTES : -2]
             signatures.append(signature)
             key = keys.get(signature[:-_CODE_BYTES])
-            # Whatever these let pass, a look at the whole tail would: a key that is known has a name of the right form,
+            # These let pass what the pattern of the whole tail would: a key that is known has a name of the right form,
             # and the code is compared with how it has to be written, in a time that tells nothing.
             if (
                 key is not None

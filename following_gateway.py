@@ -160,7 +160,7 @@ class FollowingGateway:
         return self._lost_at is not None and now - self._lost_at < HURRY_S
 
     def look(self) -> None:
-        """See whether the other gateway is still there, and take its place where it is time to; for the thread."""
+        """See whether the other gateway is still there, and take its place if it is time to; for the thread."""
         now, table = self._clock(), self._table
         if self._own is not None:
             if table is not None and (now - self._own_since) * 1000 > self.config.expire_after_ms:
@@ -222,7 +222,7 @@ class FollowingGateway:
         return self._stopping.is_set() or (self._own is not None and self._own.has_ended)
 
     def shutdown(self) -> None:
-        """Stop following, and its own gateway where it has one; twice is harmless."""
+        """Stop following, and its own gateway if it has one; twice is harmless."""
         if os.getpid() != self._pid:
             return
         self._stopping.set()
@@ -268,7 +268,7 @@ class FollowingGateway:
     def get_engine_states_dict(self) -> dict[str, dict[str, Any]]:
         """The eight fields of every known engine that is not unavailable, by engine_id; the caller's own.
 
-        Raises RuntimeError where it was shut down, where a thread of its own gateway died, and in a forked child.
+        Raises RuntimeError if it was shut down, if a thread of its own gateway died, and in a forked child.
         """
         self._refuse_if_gone()
         if self._own is not None and self._table is None:
@@ -297,7 +297,7 @@ class FollowingGateway:
         return bool(fields["state_age_ms"] <= self.config.stale_threshold_ms)
 
     def get_engine_state(self, engine_id: str) -> EngineState | None:
-        """The state of one engine, live or stale, or None where it is not known; raises RuntimeError as above."""
+        """The state of one engine, live or stale, or None if it is not known; raises RuntimeError as above."""
         self._refuse_if_gone()
         if self._own is not None and self._table is None:
             return self._own.get_engine_state(engine_id)
@@ -318,8 +318,8 @@ class FollowingGateway:
     def get_stats(self) -> dict[str, Any]:
         """The document of /stats of the gateway that is followed, a second old at most while it answers, or its own.
 
-        Asks over HTTP, STATS_TIMEOUT_S at most; where that gateway does not answer, it is what it said last. Raises
-        RuntimeError where it has never said anything.
+        Asks over HTTP, STATS_TIMEOUT_S at most; if that gateway does not answer, it is what it said last. Raises
+        RuntimeError if it has never said anything.
         """
         if self._own is not None:
             return self._own.get_stats()

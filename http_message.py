@@ -166,7 +166,7 @@ class RequestBuffer:
                 self._begin_anew()
                 return head
             if not self._lines:
-                _parse_request_line(line)  # what is no HTTP is told so at once
+                _parse_request_line(line)  # a peer that speaks no HTTP is told so at once
             elif self._lines > MAX_HEADERS:
                 raise BadRequest(431, f"more than {MAX_HEADERS} headers")
             self._lines += 1

@@ -1,6 +1,6 @@
 """The sockets that are listened on. UDP and TCP of one address are bound by the same rules.
 
-Where the IPv4 loopback is listened on, so is [::1]: `localhost` is ::1 first on many hosts, and a sender of datagrams
+If the gateway listens on the IPv4 loopback, it listens on [::1] too: `localhost` is ::1 first on many hosts, and a sender of datagrams
 does not learn that nobody listens there.
 """
 
@@ -51,7 +51,7 @@ def format_address(host: str, port: int) -> str:
 
 
 def format_peer(name: Any) -> str:
-    """The same of a peer's socket address; an IPv4 peer of an IPv6 socket is the IPv4 address that it is."""
+    """The same of a peer's socket address; an IPv4 peer of an IPv6 socket is shown by its IPv4 address."""
     host, port = name[:2]
     mapped = host.removeprefix("::ffff:")
     return format_address(mapped if "." in mapped and ":" not in mapped else host, port)

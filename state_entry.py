@@ -65,7 +65,7 @@ def entry_head(quoted_id: bytes, visible: Visible) -> bytes:
 
 
 def lone_entry_head(quoted_id: bytes, visible: Visible) -> bytes:
-    """The same of an entry that stands alone."""
+    """The head of an entry that stands alone, without the id before it."""
     return entry_head(quoted_id, visible)[len(b", ") + len(quoted_id) + len(b": ") :]
 
 

@@ -43,7 +43,7 @@ VERSION = "2.0.0"
 
 STUCK_AFTER_S = 10.0
 LOG_STUCK_AFTER_S = 60.0  # a disk may hang for a while, and a restart of the gateway would not mend it
-CATCH_UP_S = 0.005  # that an answer waits, at most, for what had arrived before it was asked for
+CATCH_UP_S = 0.005  # how long an answer waits, at most, for the datagrams that arrived before the question
 
 logger = logging.getLogger("elrar.gateway")
 

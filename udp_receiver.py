@@ -151,7 +151,7 @@ class BatchReceiver:
 def unpack_address(packed: bytes) -> tuple[str, int]:
     """Host and port of a socket address; a link-local IPv6 host has its scope, `%eth0`, behind it.
 
-    An IPv4 sender on an IPv6 socket is given as the IPv4 address that it is.
+    An IPv4 sender on an IPv6 socket is given by its IPv4 address.
     """
     (port,) = struct.unpack_from("!H", packed, 2)
     if len(packed) == 16:
