@@ -41,9 +41,31 @@ def share_one_arena() -> None:
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
+class _MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    ))  # fmt: skip
+
+
+def _find_mallinfo() -> Callable[[], _MallocInfo] | None:
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError, TypeError):  # no glibc, or one before 2.33
+        return None
+    mallinfo.restype = _MallocInfo
+    return mallinfo
+
+
+_mallinfo = _find_mallinfo()
+
+
 def _used_bytes() -> int:
+    """The process' address space, without what its heap has free: a log that waited for its disk leaves megabytes."""
     with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return size if _mallinfo is None else size - int(_mallinfo().fordblks)
 
 
 class TableRoom:
