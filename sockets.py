@@ -1,7 +1,7 @@
 """The sockets that are listened on. UDP and TCP of one address are bound by the same rules.
 
-If the gateway listens on the IPv4 loopback, it listens on [::1] too: `localhost` is ::1 first on many hosts, and a sender of datagrams
-does not learn that nobody listens there.
+If the gateway listens on the IPv4 loopback, it listens on [::1] too: `localhost` is ::1 first on many hosts, and a
+sender of datagrams does not learn that nobody listens there.
 """
 
 from __future__ import annotations
