@@ -12,12 +12,13 @@ import bound_ports
 from bound_ports import BoundPorts
 from config import read_config
 from start_errors import StartError
+from tests.harness import free_port
 
 
 def taken(kind: socket.SocketKind) -> socket.socket:
-    """A socket that has a port of the loopback."""
+    """A socket that has a port of the loopback, of a number that no client is given once it is free again."""
     sock = socket.socket(socket.AF_INET, kind)
-    sock.bind(("127.0.0.1", 0))
+    sock.bind(("127.0.0.1", free_port()))
     if kind is socket.SOCK_STREAM:
         sock.listen()
     return sock
