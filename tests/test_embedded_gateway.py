@@ -115,8 +115,8 @@ class FromPython(GatewayCase):
 
     def test_a_start_that_failed_is_not_tried_again_at_each_request(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
+            port = free_port()
+            taken.bind(("127.0.0.1", port))
             with (
                 mock.patch("bound_ports.open_udp_sockets", wraps=open_udp_sockets) as tries,
                 mock.patch("time.sleep") as sleep,
@@ -218,8 +218,8 @@ class FromPython(GatewayCase):
             self.get().shutdown()
 
     def test_a_tcp_port_that_is_taken_is_told_once_and_bound_later(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
+        with socket.create_server(("127.0.0.1", port)):
             with self.assertLogs("elrar", "ERROR") as logged:
                 gateway = self.get(HTTP_PORT=port, STALE_THRESHOLD=60_000)
             (line,) = logged.output
