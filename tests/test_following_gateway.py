@@ -68,9 +68,13 @@ class InOneProcess(unittest.TestCase):
             embedded_gateway._process_gateway.shutdown()
         embedded_gateway._process_gateway = embedded_gateway._last_failure = None
 
-    def get(self, **settings: object) -> FollowingGateway:
+    def get(self, *, ask_timeout_s: float = DEADLINE_S, **settings: object) -> FollowingGateway:
+        """Waits longer than a router would, because this machine may be busy."""
         embedded_gateway._last_failure = None
-        with mock.patch.dict(os.environ, clean_environment(**{**self.settings, **settings}), clear=True):
+        with (
+            mock.patch.dict(os.environ, clean_environment(**{**self.settings, **settings}), clear=True),
+            mock.patch.object(following_gateway, "ASK_TIMEOUT_S", ask_timeout_s),
+        ):
             gateway = get_state_gateway()
         assert isinstance(gateway, FollowingGateway)
         return gateway
@@ -189,7 +193,7 @@ class InOneProcess(unittest.TestCase):
                 with self.assertRaisesRegex(
                     StartError, "in use.*it is no gateway.*(no whole answer within 0.1 s|timed out)"
                 ):
-                    self.get()
+                    self.get(ask_timeout_s=following_gateway.ASK_TIMEOUT_S)
             finally:
                 ended.set()
                 thread.join()
