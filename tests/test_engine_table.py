@@ -1334,8 +1334,11 @@ assert os.waitpid(child, 0)[1] == 0
 assert table.gateways()[0].connected
 print("and the parent goes on")
 """
-        with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running:
-            running.send(datagram(engine_id="a"))
+        with (
+            daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000) as running,
+            # It changes all the time: the child may ask for changes after it was told what there is.
+            again_and_again(0.05, lambda turn: running.send(datagram(engine_id="a", timestamp_ms=turn + 1))),
+        ):
             running.wait_received(1)
             said = self.run_alone(program, f"http://127.0.0.1:{running.http_port}")
         self.assertEqual(said, "1\na\nand the parent goes on\n")
