@@ -1030,6 +1030,22 @@ class InChromium(unittest.TestCase):
             self.wait_sheet("vanished")
             self.browser.press(ESCAPE)
 
+    def test_of_a_flood_of_removals_it_says_after_a_reload_that_there_were_more(self) -> None:
+        """The gateway's memory names the first of them, and counts the rest."""
+        with self.gateway(STALE_THRESHOLD=300, EXPIRE_AFTER=900) as running:
+            running.send(*(datagram(engine_id=f"engine-{n}") for n in range(40)))
+
+            def removed() -> int:
+                return sum(one.get("count", 1) for one in running.ask("/events").json if one["event"] == "removed")
+
+            wait_until("the removals", lambda: removed() == 40)
+            named = sum(one["event"] == "removed" for one in running.ask("/events").json)
+            self.assertLess(named, 40)
+            self.open(running)
+            self.wait_text("#lost", rf"^{named}\+$")
+            self.wait_text("#lost-note", "removed 40")
+            self.wait_text("#notices", rf"Removed after falling silent.*\({named}\+\)")
+
     def test_a_point_of_the_past_is_read_with_the_pointer_and_by_keyboard(self) -> None:
         """The curves say their values at one time; arrow keys move it, and Escape lets go of it."""
         with self.gateway(STALE_THRESHOLD=600_000) as running:
