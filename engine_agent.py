@@ -112,8 +112,8 @@ class DatagramWriter:
 
     (on one line). N is a whole number of at most 15 digits, -1 only for blocks; F always has a point, at most 12 digits
     before and at most 3 behind it, and no exponent; S is a string. `model`, `num_requests_running` and
-    `num_requests_waiting` are null while they are unknown, the last two never so where `phase` is `serving`.
-    `dp_rank` is there where data-parallel ranks are told apart, `role` and labels where they are configured.
+    `num_requests_waiting` are null while they are unknown, the last two never so if `phase` is `serving`.
+    `dp_rank` is there if data-parallel ranks are told apart, `role` and labels if they are configured.
     `seq` begins with 1.
     """
 
@@ -394,7 +394,7 @@ class Setting(NamedTuple):
 
     name: str  # without the prefix
     field: str  # of Settings
-    default: str  # as documented; in parentheses where it is computed or nothing
+    default: str  # as documented; in parentheses if it is computed or nothing
     accepts: str
     meaning: str
     check: Callable[[str], Any]
@@ -501,7 +501,7 @@ def example_environment() -> str:
 
     `python3 -c 'import engine_agent; print(engine_agent.example_environment(), end="")'` makes it anew.
     """
-    lines = ["# Every setting of the engines' agent, at its default. Where a variable has # before it, none is set."]
+    lines = ["# Every setting of the engines' agent, at its default. If a variable has # before it, it is not set."]
     for setting in SETTINGS:
         meaning, accepts = setting.meaning.replace("`", ""), setting.accepts.replace("`", "")
         lines += ["", f"# {meaning}; accepted: {accepts}"]
@@ -549,7 +549,7 @@ class Complaints:
         self._say(text if count == 1 else f"{text} ({count} times)")
 
     def over(self, kind: str, text: str) -> None:
-        """It works again; nothing is said where it did not fail."""
+        """It works again; nothing is said if it did not fail."""
         if kind not in self._count:
             return
         with self._lock:
@@ -765,7 +765,7 @@ class Reading:
 
     running: int
     waiting: int
-    marker: object = None  # differs from the last look's where the engine moved
+    marker: object = None  # differs from the last look's if the engine moved
     rank: int = 0
     proof: Proof | None = None  # when it moved, where the engine's own time of it is known
     free: int = -1  # KV-cache blocks
@@ -803,7 +803,7 @@ class _RankSeen:
 
 
 class Prover:
-    """Tells when each rank was last proven to move or to be idle. A rank is idle where nothing runs or waits and no
+    """Tells when each rank was last proven to move or to be idle. A rank is idle if nothing runs or waits and no
     request is in the front end for it.
 
     A rank that left a request of the front end alone for longer than `stuck_after_s` owes a sign: that its clients give
@@ -1021,7 +1021,7 @@ class PhaseJudge:
         return self._say(phase, now) if self._is_due(phase, now) else None
 
     def gone(self) -> Statement | None:
-        """The engine ended; None where it was not spoken of, or the farewell was said."""
+        """The engine ended; None if it was not spoken of, or the farewell was said."""
         if self.phase is None or self.phase == GONE:
             return None
         return self._say(GONE, -math.inf)
@@ -1650,7 +1650,7 @@ class EngineClient:
         return answers
 
     def _ask(self, paths: Sequence[str], answers: list[tuple[int, bytes]], until: float) -> None:
-        """Ask on the connection, and append each answer. Where several were not all answered, it asks one by one from
+        """Ask on the connection, and append each answer. If several were not all answered, it asks one by one from
         then on, and leaves the rest to that."""
         assert self._socket is not None
         received = bytearray()
@@ -1926,7 +1926,7 @@ def _number_in(document: Mapping[str, Any], name: str) -> float | None:
 
 
 def _metrics(client: EngineClient, path: str) -> bytes:
-    """A page of metrics; raises NoAnswer where it is none."""
+    """A page of metrics; raises NoAnswer if it is none."""
     status, page = client.get(path)
     if status != 200:
         raise NoAnswer(f"{path.split('?')[0]} is answered with {status}")
@@ -2938,7 +2938,7 @@ class FrontEnd:
         return tokens
 
     def by_rank(self, indexes: Sequence[int]) -> dict[int, list[int]] | None:
-        """Requests and pending tokens of each rank; None where the client does not say which rank has which request."""
+        """Requests and pending tokens of each rank; None if the client does not say which rank has which request."""
         core = self._core() if self._core is not None else None
         owners, identities = getattr(core, "reqs_in_flight", None), getattr(core, "core_engines", None)
         if not isinstance(owners, dict) or not isinstance(identities, list) or len(identities) != len(indexes):
@@ -2986,7 +2986,7 @@ class Summary:
 
     @classmethod
     def of_json(cls, text: bytes) -> Summary:
-        """What as_json made; raises anything where the text is something else."""
+        """What as_json made; raises anything if the text is something else."""
         found = cls(**json.loads(text))
         found.stats = {int(rank): tuple(one) for rank, one in found.stats.items()}  # type: ignore[misc]
         found.counted = {int(rank): one for rank, one in found.counted.items()}
@@ -3026,7 +3026,7 @@ class StepWatch:
         self._pending_now = 0  # since then, by what came and what was prefilled
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, engine_idx: Any) -> None:
-        """Put a step's numbers down, and wake the agent's thread where they say something that cannot wait."""
+        """Put a step's numbers down, and wake the agent's thread if they say something that cannot wait."""
         rank = self._ranks.get(engine_idx) if self._only is None else self._only
         if rank is None:
             return  # a rank that came later: vLLM makes no plugin for it either
@@ -3035,7 +3035,7 @@ class StepWatch:
         if scheduler_stats is not None:
             running = scheduler_stats.num_running_reqs
             waiting = scheduler_stats.num_waiting_reqs + getattr(scheduler_stats, "num_skipped_waiting_reqs", 0)
-            busy = running + waiting > 0  # raises where they are no numbers, before anything is kept
+            busy = running + waiting > 0  # raises if they are no numbers, before anything is kept
             rank.stats = (
                 now,
                 int(self._wall_clock() * 1000),
@@ -3217,7 +3217,7 @@ class ServerFacts:
     model: str | None
     engine: str
     scheme: str
-    port: int | None  # None where it has none, such as with --uds
+    port: int | None  # None if it has none, such as with --uds
     host: str
     api_rank: int
     servers: int
@@ -3623,7 +3623,7 @@ class _Options(NamedTuple):
 
     simulate: int | None
     speed: float
-    seconds: float  # infinite where nothing is said
+    seconds: float  # infinite if nothing is said
 
 
 def _options(given: argparse.Namespace, errors: list[str]) -> _Options:

@@ -5,7 +5,7 @@ This file needs nothing but Python 3.10: copy it beside a router, or put its fol
     from engine_table import EngineTable
 
     table = EngineTable("http://gateway-a:9999", "http://gateway-b:9999")  # one for the process
-    engine = table.choose()  # for each request; None where no engine is live
+    engine = table.choose()  # for each request; None if no engine is live
     if engine is not None:
         forward_to(engine.engine_id)
 
@@ -19,8 +19,8 @@ How several gateways are put together:
 - An entry is dated by when the gateway wrote it, not by when it was read: events that were held up (a gateway or this
   process paused, a slow path) come as old as they are. The gateway's clock is compared with this process's between the
   request that opened the stream and the answer, so an entry can look younger than it is by one such round trip at most,
-  and by 100 ms where the round trip is longer: the rest is added to its age.
-- Where two gateways show the same state, it is as old as the older evidence says, but for one round trip: a gateway
+  and by 100 ms if the round trip is longer: the rest is added to its age.
+- If two gateways show the same state, it is as old as the older evidence says, but for one round trip: a gateway
   that repeats an old state as new makes nothing younger. One that invents new states is believed, as any gateway is.
 - A state that an engine said before the one that another gateway shows is older than that, whenever it was received:
   a gateway that was paused takes what waited in its socket for new, one state after another.
@@ -89,7 +89,7 @@ FIRST_RETRY_S, LONGEST_RETRY_S = 0.1, 2.0  # the delay doubles; the longest is a
 REFUSED_RETRY_S = 5.0  # the longest delay after an answer that is no event stream
 LOOKUP_S = 5.0  # between two looks at a name's addresses
 DOUBT_S = 0.1  # a stream that was opened so slowly is opened again, to know better when things were written
-CONFIDENCE_S = 0.1  # by which an entry may look younger than it is where the round trip is longer
+CONFIDENCE_S = 0.1  # by which an entry may look younger than it is if the round trip is longer
 ORDER_S = 0.01  # by which stamps of milliseconds may seem out of order
 LATE_S = 0.05  # events that come later than that are looked at twice
 DRIFT = 0.00005  # seconds a second by which two clocks drift apart at most
@@ -149,7 +149,7 @@ class EventStream:
     def feed(self, received: bytes, now: float = 0.0) -> list[tuple[str, str, float]]:
         """The events that end in what was received: kind, data, and when the event's first byte came.
 
-        Raises StreamError where a line or an event is longer than `max_chars`.
+        Raises StreamError if a line or an event is longer than `max_chars`.
         """
         text = self._decode(received)
         if text and self._at_start:
@@ -299,7 +299,7 @@ class Entry:
     received_ms: int
     clock_offset_ms: int
     source: str
-    # What older gateways do not tell is None, no restarts and no conflict; `extra` is empty where there is none.
+    # What older gateways do not tell is None, no restarts and no conflict; `extra` is empty if there is none.
     phase: str | None
     restarts: int
     lost: int | None
@@ -381,7 +381,7 @@ class Entry:
 
     @property
     def seconds_of_work(self) -> float | None:
-        """What waits, in seconds of the engine's capacity; None where that is not known, which does not mean idle."""
+        """What waits, in seconds of the engine's capacity; None if that is not known, which does not mean idle."""
         capacity = self._fields["engine_capacity"]
         if not self._load_known or not capacity:
             return None
@@ -575,7 +575,7 @@ class _Gateway:
         )
 
     def entry(self, fields: dict[str, Any], written_at: float) -> Entry:
-        """An entry from what came; raises LookupError, TypeError or ValueError where it is none."""
+        """An entry from what came; raises LookupError, TypeError or ValueError if it is none."""
         (
             engine_id, age_ms, state_age_ms, received_ms, pending, capacity, heartbeat,
             status, free, total, latency, timestamp_ms, mode, source, clock_offset_ms,
@@ -929,7 +929,7 @@ class _Follower:
     def _take(self, events: list[tuple[str, str, float]], arrived_at: float) -> bool:
         """Put events into the table; returns whether any could be used.
 
-        Raises StreamError where what follows could not be trusted.
+        Raises StreamError if what follows could not be trusted.
         """
         gateway, stamps, view = self.gateway, self._stamps, self.gateway.view
         count, has_snapshot = len(events), False
@@ -991,7 +991,7 @@ class _Follower:
 class _Name:
     """A gateway's URL and who answers there: a name with several addresses is several gateways.
 
-    Where it is a name, a thread looks it up again when a connection breaks, and every few seconds.
+    If it is a name, a thread looks it up again when a connection breaks, and every few seconds.
     """
 
     def __init__(self, table: EngineTable, url: _Url, context: ssl.SSLContext | None) -> None:
@@ -1076,7 +1076,7 @@ class _Name:
         self.thread.start()
 
     def retry_now(self) -> None:
-        """Try again at once where a gateway is not followed."""
+        """Try again at once if a gateway is not followed."""
         with self._lock:
             followers = list(self._followers)
         for follower in followers:
@@ -1192,12 +1192,12 @@ class _Pool:
 class EngineTable:
     """What a router knows of every engine, and how old that is; every method may be called from any thread.
 
-    `urls` are gateways' base URLs: http or https, with a base path where a proxy has one. A name that has several
+    `urls` are gateways' base URLs: http or https, with a base path if a proxy has one. A name that has several
     addresses is several gateways. `token` is what they want as `Authorization: Bearer`, or a function that is asked for
     it at each connection; `ssl_context` is for https. `expire_after_ms` is how long an engine that no gateway is there
     to speak of stays in the table (default: three times the gateway's threshold).
 
-    Raises ValueError where a URL or token cannot be used, and nothing later: that a gateway cannot be followed is
+    Raises ValueError if a URL or token cannot be used, and nothing later: that a gateway cannot be followed is
     logged once a minute, it is tried again, and what it told grows old.
     """
 
@@ -1873,7 +1873,7 @@ def _number(value: float) -> str:
 
 
 def _kv_used(entry: Entry) -> float | None:
-    """The part of the KV cache that is in use, 0 to 1; None where it is not known."""
+    """The part of the KV cache that is in use, 0 to 1; None if it is not known."""
     total, free = entry.kv_cache_total_blocks, entry.kv_cache_free_blocks
     return None if total <= 0 or free < 0 else max(0.0, 1 - free / total)
 
@@ -1989,7 +1989,7 @@ class _Gauge:
         return value if isinstance(value, (int, float)) else 0
 
     def states_per_second(self) -> float | None:
-        """Of the gateway that takes the most, over some seconds; None where none says."""
+        """Of the gateway that takes the most, over some seconds; None if none says."""
         rates = []
         with self._lock:
             for samples in self._samples.values():
@@ -2363,7 +2363,7 @@ class _Terminal:
         return f"\x1b[{code}m{text}\x1b[0m"
 
     def keys(self, wait_s: float) -> list[str] | None:
-        """The keys that were pressed within that time, as soon as there are any; None where the terminal is gone."""
+        """The keys that were pressed within that time, as soon as there are any; None if the terminal is gone."""
         readable, _, _ = select.select([0, self._wake_read], [], [], wait_s)
         if self._wake_read in readable:
             with contextlib.suppress(OSError):

@@ -765,6 +765,10 @@ class InChromium(unittest.TestCase):
                 self.wait_text("#connection", "^Connected$")
                 self.wait_rows(1)
                 self.until("ownFeed === null && past.length > 0")
+                tokens.write_text("another-token-of-many-letters\n")
+                running.signal(signal.SIGHUP)
+                self.expected_complaints = "status of 401"
+                self.wait_text("#notices", "Disconnected from the gateway: 401, it wants a token")
 
     def test_histories_that_cannot_be_read_are_no_secret(self) -> None:
         """A curve that is missing, in the table or in an engine's sheet, is missing with a word."""
