@@ -1935,6 +1935,45 @@ def _metrics(client: EngineClient, path: str) -> bytes:
     return page
 
 
+class LoadTracking:
+    """Whether vLLM's /load counts the requests in its front end: with --enable-server-load-tracking only.
+
+    Without it 0 is said for ever, so that it is known as soon as the engine is busy.
+    """
+
+    def __init__(self) -> None:
+        self.counts: bool | None = None
+        self._asked_at = -math.inf
+        self._asks = False
+        self._busy_zeros = 0  # answers while the engine was busy
+
+    def is_due_if_idle(self) -> bool:
+        """Whether the next look asks, should the engine be idle."""
+        return bool(self.counts) or (self.counts is None and not self._asks)
+
+    def is_due(self, busy: bool, ranks: int, now: float) -> bool:
+        """Whether this look asks."""
+        if self.counts is None:
+            # While it is idle, every second time: a hang is seen in time all the same.
+            self._asks = busy or not self._asks
+            return self._asks
+        if self.counts is False:
+            return now - self._asked_at >= 60.0
+        return not busy or ranks > 1
+
+    def learn(self, busy: bool, look: Look) -> None:
+        """Take in what was answered; if that means nothing, it is taken out of the look."""
+        self._asked_at = look.at.at
+        if look.in_flight:
+            self.counts = True
+        elif busy and self.counts is None:
+            # Not tracked, or another API server has them all; it is asked again. Once may be a request that just ended.
+            self._busy_zeros += 1
+            self.counts = False if self._busy_zeros > 1 else None
+        if self.counts is False:
+            look.in_flight = None
+
+
 class VllmAdapter(Adapter):
     """vLLM beside a sidecar. Its filtered page costs it a sixth of the whole one; with several API servers it is empty.
 
@@ -1989,10 +2028,7 @@ class VllmAdapter(Adapter):
         self._blocks: int | None = None
         self._ranks = 0
         self._steps: dict[str, Counted | None] = {}  # of each rank, at the last look at all
-        self.tracks_load: bool | None = None  # whether /load counts: known as soon as the engine is busy
-        self._load_asked_at = -math.inf
-        self._asks_load = False
-        self._busy_zeros = 0  # answers of /load while it was busy
+        self.tracking = LoadTracking()
         self._health_asked_at = -math.inf
         self._ahead: dict[str, tuple[int, bytes]] = {}  # answers of this look that were asked for in advance
 
@@ -2004,7 +2040,7 @@ class VllmAdapter(Adapter):
 
     def missing(self) -> tuple[str, ...]:
         """See Adapter."""
-        return self.hints if self.tracks_load is not True else self.hints[1:]
+        return self.hints if self.tracking.counts is not True else self.hints[1:]
 
     def look(self, at: Callable[[], Proof]) -> Look:
         """See Adapter."""
@@ -2028,12 +2064,14 @@ class VllmAdapter(Adapter):
         if idle and now - self._health_asked_at >= self.HEALTH_EVERY_S:
             self._health_asked_at = now
             self._must_be_healthy()
-        if self._must_ask_load(not idle, len(look.readings), now):
+        if self.tracking.is_due(not idle, len(look.readings), now):
             look.in_flight = self._load()
-            self._learn(not idle, look)
+            self.tracking.learn(not idle, look)
         self._idle = idle and not look.in_flight
         # Without tracking, 0 says nothing.
-        self._idle_look = look if self.tracks_load and self._idle and not look.asleep and look.in_flight == 0 else None
+        self._idle_look = (
+            look if self.tracking.counts and self._idle and not look.asleep and look.in_flight == 0 else None
+        )
         self._loads_alone = 0
         return look
 
@@ -2042,7 +2080,7 @@ class VllmAdapter(Adapter):
         paths = [self._filter(self.IDLE)]
         if now - self._health_asked_at >= self.HEALTH_EVERY_S:
             paths.append("/health")
-        if self.tracks_load or (self.tracks_load is None and not self._asks_load):
+        if self.tracking.is_due_if_idle():
             paths.append("/load")
         self._ahead = dict(zip(paths, self.client.get_all(*paths), strict=True))
 
@@ -2054,26 +2092,6 @@ class VllmAdapter(Adapter):
         if status >= 500:
             self._health_asked_at = -math.inf  # until it says something else, each look asks
             raise NoAnswer(f"/health is answered with {status}")
-
-    def _must_ask_load(self, busy: bool, ranks: int, now: float) -> bool:
-        if self.tracks_load is None:
-            # While it is idle, every second time: a hang is seen in time all the same.
-            self._asks_load = busy or not self._asks_load
-            return self._asks_load
-        if self.tracks_load is False:
-            return now - self._load_asked_at >= 60.0
-        return not busy or ranks > 1
-
-    def _learn(self, busy: bool, look: Look) -> None:
-        self._load_asked_at = look.at.at
-        if look.in_flight:
-            self.tracks_load = True
-        elif busy and self.tracks_load is None:
-            # Not tracked, or another API server has them all; it is asked again. Once may be a request that just ended.
-            self._busy_zeros += 1
-            self.tracks_load = False if self._busy_zeros > 1 else None
-        if self.tracks_load is False:
-            look.in_flight = None
 
     def _load(self) -> int | None:
         document = _document(*self._get("/load"))

@@ -1168,6 +1168,71 @@ class _Name:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
+class _Subscription:
+    """Ids of engines that changed and are still to be told; its lock guards them."""
+
+    def __init__(self, wake: Callable[[], None], callback: Callable[[frozenset[str]], object] | None = None) -> None:
+        self._wake = wake
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._ids: set[str] = set()
+
+    def add(self, engine_ids: Any) -> None:
+        with self._lock:
+            was_empty = not self._ids
+            self._ids.update(engine_ids)
+        if was_empty:
+            self._wake()
+
+    def take(self) -> frozenset[str]:
+        with self._lock:
+            taken, self._ids = frozenset(self._ids), set()
+        return taken
+
+    def call(self) -> None:
+        if self._callback is not None:
+            changed = self.take()
+            if changed:
+                self._callback(changed)
+
+
+class _Changes:
+    """Who waits for changes, or is to be told of them; its condition guards them."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition(threading.Lock())
+        self.version = 0  # of the table
+        self.subscriptions: list[_Subscription] = []
+        self.is_to_be_told = threading.Event()  # wakes the thread that calls the callbacks
+
+    def tell(self, engine_ids: Container[str] | list[str]) -> None:
+        """Something changed: whoever waits is woken."""
+        with self.condition:
+            self.version += 1
+            self.condition.notify_all()
+            for subscription in self.subscriptions:
+                subscription.add(engine_ids)
+
+    def wait(self, timeout: float | None, after: int | None, is_over: Callable[[], bool]) -> int:
+        """Wait until the version is another one than `after`, for `timeout` s at most; returns it."""
+        with self.condition:
+            seen = self.version if after is None else after
+            self.condition.wait_for(lambda: self.version != seen or is_over(), timeout)
+            return self.version
+
+    def subscribe(self, subscription: _Subscription) -> Callable[[], None]:
+        """Tell it from now on; returns what ends that."""
+        with self.condition:
+            self.subscriptions.append(subscription)
+
+        def end() -> None:
+            with self.condition:
+                if subscription in self.subscriptions:
+                    self.subscriptions.remove(subscription)
+
+        return end
+
+
 class _Pool:
     """Engine ids to draw from at random; the table's lock guards changes, a look at `order` needs none."""
 
@@ -1187,6 +1252,26 @@ class _Pool:
         if last != engine_id:
             self.order[place] = last
             self.place[last] = place
+
+
+class _Pools:
+    """Engines to draw from; the table's lock guards changes."""
+
+    def __init__(self) -> None:
+        self.live = _Pool()
+        self.known = _Pool()  # those of them whose load is known
+
+    def add(self, engine_id: str, entry: Entry) -> None:
+        """Let it be drawn, if it can be; what turns out not to be live is taken out when it is drawn."""
+        if entry._available:
+            if engine_id not in self.live.place:
+                self.live.add(engine_id)
+            if entry._load_known and engine_id not in self.known.place:
+                self.known.add(engine_id)
+
+    def discard(self, engine_id: str) -> None:
+        self.live.discard(engine_id)
+        self.known.discard(engine_id)
 
 
 class EngineTable:
@@ -1215,9 +1300,9 @@ class EngineTable:
             _check_token(token)
         if expire_after_ms is not None and not expire_after_ms > 0:
             raise ValueError(f"expire_after_ms={expire_after_ms!r} is not above 0")
-        self._urls = list({(url := _Url(text)).text: url for text in urls}.values())
+        parsed = list({(url := _Url(text)).text: url for text in urls}.values())
+        self._new_names: Callable[[], list[_Name]] = lambda: [_Name(self, url, ssl_context) for url in parsed]
         self._ask_token = token
-        self._ssl_context = ssl_context
         self._expire_s = None if expire_after_ms is None else expire_after_ms / 1000
         self._clock = clock
         self._engines: dict[str, Entry] = {}
@@ -1227,9 +1312,7 @@ class EngineTable:
         self._gateways: list[_Gateway] = []
         self._unknown: dict[str, str] = {}
         self._gone: dict[str, tuple[float, Entry]] = {}  # when a gateway removed it, and what it knew then
-        self._live = _Pool()
-        self._known = _Pool()
-        self._callbacks: list[_Subscription] = []
+        self._pools = _Pools()
         self._make_locks()
         self._start_threads()
         _tables.add(self)
@@ -1238,12 +1321,10 @@ class EngineTable:
         # Guards what is known of engines and gateways; nothing slow happens under it. A look at one engine needs none:
         # it is a single look-up in a dictionary, and entries do not change.
         self._lock = threading.Lock()
-        self._changed = threading.Condition(threading.Lock())  # guards the version
-        self._version = 0
-        self._keeper_wake = threading.Event()
+        self._changes = _Changes()
 
     def _start_threads(self) -> None:
-        self._names = [_Name(self, url, self._ssl_context) for url in self._urls]
+        self._names = self._new_names()
         self._keeper = threading.Thread(target=self._keep, name="engine-table keeper", daemon=True)
         for name in self._names:
             name.start()
@@ -1290,7 +1371,7 @@ class EngineTable:
         whether it may be taken. Two at random: the least loaded one of all would get what all routers have at once.
         """
         self._use()
-        now, pool = self._clock(), self._known if usable else self._live
+        now, pool = self._clock(), self._pools.known if usable else self._pools.live
         first: Entry | None = None
         tries = 0
         while tries < 16:
@@ -1345,7 +1426,7 @@ class EngineTable:
         """The median of the seconds of work that are known, of some of the live engines."""
         now = self._clock()
         with self._lock:
-            order = self._live.order
+            order = self._pools.live.order
             some = random.sample(order, USUAL_OF) if len(order) > USUAL_OF else list(order)
         entries = [entry for entry in map(self._engines.get, some) if entry is not None and entry._is_live(now)]
         known = [work for work in (entry.seconds_of_work for entry in entries) if work is not None]
@@ -1410,10 +1491,7 @@ class EngineTable:
         `version = table.wait(1.0, version)` in a loop misses nothing.
         """
         self._use()
-        with self._changed:
-            seen = self._version if after is None else after
-            self._changed.wait_for(lambda: self._version != seen or self._closed, timeout)
-            return self._version
+        return self._changes.wait(timeout, after, lambda: self._closed)
 
     def wait_until_known(self, timeout: float | None = None) -> bool:
         """Wait until a gateway has told which engines there are; returns whether one has, within the timeout (s)."""
@@ -1434,16 +1512,7 @@ class EngineTable:
         forked child calls those only that it asked for itself.
         """
         self._use()
-        subscription = _Subscription(self._keeper_wake.set, callback)
-        with self._changed:
-            self._callbacks.append(subscription)
-
-        def end() -> None:
-            with self._changed:
-                if subscription in self._callbacks:
-                    self._callbacks.remove(subscription)
-
-        return end
+        return self._changes.subscribe(_Subscription(self._changes.is_to_be_told.set, callback))
 
     async def changes(self) -> AsyncIterator[frozenset[str]]:
         """For asyncio: first all ids that are known, then those of engines that changed, came, went or grew stale.
@@ -1460,8 +1529,7 @@ class EngineTable:
 
         subscription = _Subscription(wake)
         self._use()
-        with self._changed:
-            self._callbacks.append(subscription)
+        end = self._changes.subscribe(subscription)
         subscription.add([entry.engine_id for entry in self.entries()])
         try:
             while not self._closed:
@@ -1471,9 +1539,7 @@ class EngineTable:
                 if changed:
                     yield changed
         finally:
-            with self._changed:
-                if subscription in self._callbacks:
-                    self._callbacks.remove(subscription)
+            end()
 
     def retry_now(self) -> None:
         """Try at once to follow the gateways that are not followed, for callers that know one to be there again."""
@@ -1488,8 +1554,8 @@ class EngineTable:
         self._closed = True
         self._use()
         threads = [thread for name in self._names for thread in name.stop()]
-        self._tell(())
-        self._keeper_wake.set()
+        self._changes.tell(())
+        self._changes.is_to_be_told.set()
         for thread in (*threads, self._keeper):
             if thread is not threading.current_thread() and thread.is_alive():
                 thread.join(1.0)
@@ -1512,10 +1578,9 @@ class EngineTable:
                 return
             for gateway in self._gateways:
                 gateway.connected = False
-            self._callbacks = []
-            self._live, self._known = _Pool(), _Pool()  # they may have been copied in the middle of a change
+            self._pools = _Pools()  # the parent's may have been copied in the middle of a change
             for engine_id, entry in self._engines.items():
-                self._pool(engine_id, entry)
+                self._pools.add(engine_id, entry)
             self._make_locks()
             if self._closed:
                 self._names = []  # they have locks that a thread of the parent may have held
@@ -1561,7 +1626,7 @@ class EngineTable:
             gateway.followed = True
             gateway.known |= connected
         if connected:
-            self._tell(())
+            self._changes.tell(())
         else:
             gateway.live_until = float("-inf")
 
@@ -1580,7 +1645,7 @@ class EngineTable:
                         self._merge(engine_id)
                         changed.append(engine_id)
             gateway.instance = instance
-        self._tell(changed)
+        self._changes.tell(changed)
 
     def _apply(self, gateway: _Gateway, changes: list[_Change]) -> None:
         """Take entries from a gateway."""
@@ -1590,11 +1655,11 @@ class EngineTable:
             if any(gone_at is not None for _, gone_at in changes):
                 heard_at = max((entry._heard_at for entry in list(gateway.view.values())), default=float("-inf"))
                 gateway.live_until = heard_at + gateway.stale_s
-            self._tell([entry._fields["engine_id"] for entry, _ in changes])
+            self._changes.tell([entry._fields["engine_id"] for entry, _ in changes])
 
     def _apply_some(self, gateway: _Gateway, changes: list[_Change]) -> None:
         engines, view, carried = self._engines, gateway.view, gateway.carried
-        live, known = self._live, self._known
+        live, known = self._pools.live, self._pools.known
         newest = gateway.live_until - gateway.stale_s
         with self._lock:
             alone = len(self._gateways) == 1
@@ -1618,7 +1683,7 @@ class EngineTable:
                     continue
                 engines[engine_id] = entry
                 if engine_id not in live.place or engine_id not in known.place:
-                    self._pool(engine_id, entry)
+                    self._pools.add(engine_id, entry)
             gateway.live_until = newest + gateway.stale_s
 
     def _merge(self, engine_id: str) -> None:
@@ -1636,20 +1701,11 @@ class EngineTable:
                     told = [entry for entry in told if entry._heard_at > gone_at + FAREWELL_S]
         if not told:
             if self._engines.pop(engine_id, None) is not None:
-                self._live.discard(engine_id)
-                self._known.discard(engine_id)
+                self._pools.discard(engine_id)
             return
         best = told[0] if len(told) + len(past) == 1 else self._freshest(told, past)
         self._engines[engine_id] = best
-        self._pool(engine_id, best)
-
-    def _pool(self, engine_id: str, entry: Entry) -> None:
-        """Let it be drawn, if it can be; what turns out not to be live is taken out when it is drawn."""
-        if entry._available:
-            if engine_id not in self._live.place:
-                self._live.add(engine_id)
-            if entry._load_known and engine_id not in self._known.place:
-                self._known.add(engine_id)
+        self._pools.add(engine_id, best)
 
     def _freshest(self, told: list[Entry], past: list[Entry]) -> Entry:
         """Of what several gateways told of one engine, what counts; `past` is what one knew that has removed it."""
@@ -1696,27 +1752,19 @@ class EngineTable:
         heard_at = shown_at if is_sign else entry._heard_at
         return Entry(entry._fields, entry._gateway, heard_at, shown_at, entry._available, entry._load_known)
 
-    def _tell(self, engine_ids: Container[str] | list[str]) -> None:
-        """Something changed: whoever waits is woken."""
-        with self._changed:
-            self._version += 1
-            self._changed.notify_all()
-            for subscription in self._callbacks:
-                subscription.add(engine_ids)
-
     def _keep(self) -> None:
         """Look for what grew old, and call the callbacks, until the table is closed."""
         notice_at = float("-inf")
-        wake, last = self._keeper_wake, self._clock()
+        changes, last = self._changes, self._clock()
         while not self._closed:
-            if wake.wait(KEEPER_S):
-                wake.clear()
+            if changes.is_to_be_told.wait(KEEPER_S):
+                changes.is_to_be_told.clear()
             now = self._clock()
             if now - last >= KEEPER_S:
                 self._look_for_old(last, now)
                 self._look_for_usual()
                 last = now
-            for subscription in list(self._callbacks):
+            for subscription in list(changes.subscriptions):
                 try:
                     subscription.call()
                 except BaseException:  # nor does it end this thread, which makes engines grow old, with sys.exit()
@@ -1753,35 +1801,7 @@ class EngineTable:
                     if now - gone_at > GONE_S:
                         del self._gone[engine_id]
         if changed:
-            self._tell(changed)
-
-
-class _Subscription:
-    """Ids of engines that changed and are still to be told; its lock guards them."""
-
-    def __init__(self, wake: Callable[[], None], callback: Callable[[frozenset[str]], object] | None = None) -> None:
-        self._wake = wake
-        self._callback = callback
-        self._lock = threading.Lock()
-        self._ids: set[str] = set()
-
-    def add(self, engine_ids: Any) -> None:
-        with self._lock:
-            was_empty = not self._ids
-            self._ids.update(engine_ids)
-        if was_empty:
-            self._wake()
-
-    def take(self) -> frozenset[str]:
-        with self._lock:
-            taken, self._ids = frozenset(self._ids), set()
-        return taken
-
-    def call(self) -> None:
-        if self._callback is not None:
-            changed = self.take()
-            if changed:
-                self._callback(changed)
+            self._changes.tell(changed)
 
 
 def _check_token(token: object) -> None:

@@ -185,7 +185,7 @@ class Vllm(unittest.TestCase):
     def test_an_idle_engine_is_asked_for_less(self) -> None:
         for _ in range(9):
             look = self.look()
-        self.assertEqual(self.adapter.tracks_load, None)
+        self.assertEqual(self.adapter.tracking.counts, None)
         self.assertEqual((look.readings[0].free, look.readings[0].total), (500, 1000))
         asked: list[str] = []
         for _ in range(4):
@@ -208,16 +208,16 @@ class Vllm(unittest.TestCase):
 
     def test_load_that_is_not_tracked_is_not_asked_for_any_more(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1))
-        self.assertIsNone(self.adapter.tracks_load, "its request may have ended just now")
+        self.assertIsNone(self.adapter.tracking.counts, "its request may have ended just now")
         self.look(metrics_=vllm_page(3, 0, 2))
-        self.assertIs(self.adapter.tracks_load, False)
+        self.assertIs(self.adapter.tracking.counts, False)
         for step in range(9):
             self.assertIsNone(self.look(metrics_=vllm_page(3 * (step % 2), 0, step)).in_flight)
             self.assertNotIn("/load", self.client.asked)
 
     def test_load_that_is_tracked_shows_a_hang_from_idle(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3})
-        self.assertIs(self.adapter.tracks_load, True)
+        self.assertIs(self.adapter.tracking.counts, True)
         self.look(metrics_=vllm_page(0, 0, 2), load={"server_load": 0})
         self.assertEqual([self.look().in_flight for _ in range(5)], 5 * [0])
         self.assertEqual([self.look(load={"server_load": 5}).in_flight for _ in range(5)], 5 * [5])
@@ -230,7 +230,7 @@ class Vllm(unittest.TestCase):
             asked += self.client.asked
         self.assertGreaterEqual(len([one for one in asked if one.startswith("/metrics")]), 6)
         self.assertIn(5, [self.look(load={"server_load": 5}).in_flight for _ in range(2)])
-        self.assertIs(self.adapter.tracks_load, True)
+        self.assertIs(self.adapter.tracking.counts, True)
 
     def test_a_hang_from_idle_is_seen_in_time_whether_or_not_it_was_busy_before(self) -> None:
         for was_busy, looks in itertools.product((False, True), range(8, 14)):

@@ -945,7 +945,7 @@ class Changes(TableCase):
             return told
 
         self.assertEqual(asyncio.run(asyncio.wait_for(follow(), DEADLINE_S)), [{"a"}, {"b"}])
-        self.assertEqual(table._callbacks, [])
+        self.assertEqual(table._changes.subscriptions, [])
 
     def test_closing_ends_every_thread_and_leaves_what_is_known(self) -> None:
         gateway = self.gateway("a")
@@ -1317,12 +1317,12 @@ from engine_table import EngineTable
 table = EngineTable(sys.argv[1])
 assert table.wait_until_known(30)
 print(len(table), flush=True)
-with table._lock, table._changed, table._names[0]._lock:  # as another thread of the parent's may have them
+with table._lock, table._changes.condition, table._names[0]._lock:  # as another thread of the parent's may have them
     child = os.fork()
 if not child:
     table.on_change(lambda ids: None)
     assert table.get("a") is not None  # known by the parent
-    assert len(table._callbacks) == 1  # that of the child, which began anew before
+    assert len(table._changes.subscriptions) == 1  # that of the child, which began anew before
     deadline = time.monotonic() + 30
     while not (len(table.gateways()) == 1 and table.gateways()[0].connected):
         assert time.monotonic() < deadline
