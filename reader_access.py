@@ -154,7 +154,9 @@ class ReaderAccess:
 
 
 def _token_of(request: Request) -> bytes | None:
-    """The token that a request brings, or None if it brings none."""
+    """The token that a request brings, or None if it brings none; what a proxy may read otherwise is no token."""
+    if len(request.headers.get(b"authorization", ())) > 1:
+        return _NO_TOKEN
     scheme, _, credentials = request.header("authorization").strip().partition(" ")
     credentials = credentials.strip()
     if not credentials:

@@ -77,6 +77,14 @@ class Tokens(unittest.TestCase):
                 for token in (TOKEN, OTHER, WRONG):
                     self.assertNotIn(token[:8], refusal.body)
 
+    def test_two_at_once(self) -> None:
+        """What is before the gateway may go by the other one."""
+        for one, other in ((TOKEN, TOKEN), (TOKEN, WRONG), (WRONG, TOKEN)):
+            asked = request(bearer(one))
+            asked.headers[b"authorization"].append(bearer(other).encode())
+            refusal = self.access.refusal(asked, "10.0.0.1")
+            self.assertEqual(refusal and refusal.status, 401)
+
     def test_without_a_file_everybody_reads(self) -> None:
         self.assertIsNone(ReaderAccess().refusal(request(), "10.0.0.1"))
         self.assertIsNone(ReaderAccess().refusal(request(bearer(WRONG)), "10.0.0.1"))
