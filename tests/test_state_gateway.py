@@ -100,8 +100,8 @@ class Statistics(GatewayCase):
         self.assertEqual({r: n for r, n in stats["invalid_reasons"].items() if n}, {"not_json": 1, "not_utf8": 1})
         self.assertGreater(stats["last_received"], 1.7e9)
         self.assertGreater(stats["receive_buffer_bytes"], 0)
-        written = wait_until("the log to be written", lambda: gateway.get_stats()["log"]["written"])
-        self.assertEqual(written, stats["valid_states"] - stats["duplicates"])
+        due = stats["valid_states"] - stats["duplicates"]
+        wait_until("the log to be written", lambda: gateway.get_stats()["log"]["written"] >= due)
         log = {"enabled": True, "file": str(self.log_file), "written": 4, "dropped": 0, "errors": 0, "rotations": 0}
         self.assertEqual(gateway.get_stats()["log"], log)
 
