@@ -206,6 +206,7 @@ class FromPython(GatewayCase):
         with self.assertLogs("elrar", "WARNING") as logged:
             self.log_file.rmdir()
             wait_until("the state to be logged", lambda: gateway.get_stats()["log"]["written"])
+            wait_until("that to be said", lambda: logged.records)
         self.assertEqual(len(logged.output), 1)
         self.assertIn("writing the state log again", logged.output[0])
         gateway.shutdown()
