@@ -206,7 +206,7 @@ class FromPython(GatewayCase):
         with self.assertLogs("elrar", "WARNING") as logged:
             self.log_file.rmdir()
             wait_until("the state to be logged", lambda: gateway.get_stats()["log"]["written"])
-            wait_until("that to be said", lambda: logged.records)
+            wait_until("that to be said", lambda: logged.output)
         self.assertEqual(len(logged.output), 1)
         self.assertIn("writing the state log again", logged.output[0])
         gateway.shutdown()
@@ -230,7 +230,7 @@ class FromPython(GatewayCase):
             self.assertEqual(gateway.get_active_engines_count(), 1)
             self.assertEqual(set(gateway.threads().values()), {True})
         with mock.patch("late_query_server.RETRY_S", 0.05), self.assertLogs("elrar.http", "WARNING") as logged:
-            wait_until("the port to be bound", lambda: logged.records)
+            wait_until("the port to be bound", lambda: logged.output)
         self.assertEqual(list(ask(port, "/engines").json["engines"]), ["test"])
         gateway.shutdown()
 

@@ -73,7 +73,7 @@ class Statistics(GatewayCase):
                 datagram(timestamp_ms=1200),
             )
             stats = self.received(gateway, 8)
-            wait_until("the rejections to be said", lambda: logged.records)
+            wait_until("the rejections to be said", lambda: logged.output)
         expected = {
             "network_mode": "unicast",
             "bind_address": "127.0.0.1",
@@ -124,7 +124,7 @@ class Statistics(GatewayCase):
         with self.assertLogs("elrar.listener", "WARNING") as logged:
             self.send(gateway, datagram(), datagram(), b"junk")
             self.received(gateway, 3)
-            wait_until("the rejection to be said", lambda: logged.records)
+            wait_until("the rejection to be said", lambda: logged.output)
         answer = ask(gateway.http_port, "/metrics")
         self.assertEqual(answer.headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
         types, samples = parse_metrics(answer.body.decode())
