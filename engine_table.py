@@ -922,8 +922,8 @@ class _Follower:
         return True
 
     def _is_followed(self) -> None:
-        self._table._set_connected(self.gateway, True)
         self.gateway.problem = ""
+        self._table._set_connected(self.gateway, True)
         self._name.say_well(self.gateway.address)
 
     def _take(self, events: list[tuple[str, str, float]], arrived_at: float) -> bool:
