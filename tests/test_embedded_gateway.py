@@ -147,7 +147,7 @@ class FromPython(GatewayCase):
             mock.patch("state_store.StateStore.sweep", side_effect=ZeroDivisionError),
             self.assertLogs("elrar.gateway", "CRITICAL"),
         ):
-            first = self.get()
+            first = self.get(UDP_PORT=free_port())
             wait_until("the reaper to die", lambda: not first.is_ready())
         with self.assertRaises(RuntimeError):
             first.get_active_engines_count()

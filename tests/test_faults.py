@@ -354,8 +354,8 @@ class Disks(FaultCase):
                     number += 1
                     sock.sendto(datagram(timestamp_ms=number), ("127.0.0.1", port or 1))
 
-        running = self.start()
-        port = running.udp_port
+        port = free_port()
+        running = self.start(UDP_PORT=port)
         sender = threading.Thread(target=load)
         sender.start()
         try:

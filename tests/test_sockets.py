@@ -111,7 +111,7 @@ class Opening(unittest.TestCase):
     def test_ipv6_loopback_of_others(self) -> None:
         """An IPv6 loopback that somebody else has is warned about."""
         with (
-            socket.create_server(("::1", 0), family=socket.AF_INET6) as other,
+            socket.create_server(("::1", free_port()), family=socket.AF_INET6) as other,
             self.assertLogs("elrar.sockets", "WARNING") as logged,
         ):
             close_all(open_tcp_sockets("127.0.0.1", other.getsockname()[1]))

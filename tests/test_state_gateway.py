@@ -261,8 +261,8 @@ class Stopping(GatewayCase):
 
     def test_no_thread_and_no_port_is_left(self) -> None:
         before = set(threading.enumerate())
-        gateway = self.run_gateway()
-        port = gateway.udp_port
+        port = free_port()
+        gateway = self.run_gateway(UDP_PORT=port)
         gateway.shutdown()
         self.assertEqual(set(threading.enumerate()), before)
         self.assertEqual(self.run_gateway(UDP_PORT=port).udp_port, port)
