@@ -1005,6 +1005,19 @@ class Trouble(TableCase):
     def stream(self, text: str) -> Callable[[socket.socket, str], None]:
         return self.answers(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + text.encode())
 
+    def endless(
+        self, piece: bytes, head: bytes = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    ) -> Callable[[socket.socket, str], None]:
+        """Nothing but that behind the head, for as long as anybody reads it."""
+
+        def answer(sock: socket.socket, _: str) -> None:
+            with contextlib.suppress(OSError):
+                sock.sendall(head)
+                while True:
+                    sock.sendall(piece)
+
+        return answer
+
     def test_html(self) -> None:
         self.assert_survived(self.http("200 OK", "text/html; charset=utf-8", "<p>welcome"), "'text/html', not an event")
 
@@ -1067,13 +1080,8 @@ class Trouble(TableCase):
             self.assert_survived(lambda *_: None, "no answer within 0.02 s")
 
     def test_one_that_answers_a_little_at_a_time(self) -> None:
-        def answer(sock: socket.socket, _: str) -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
         with mock.patch.object(engine_table, "ANSWER_TIMEOUT_S", 0.02):
-            self.assert_survived(answer, "no answer within 0.02 s")
+            self.assert_survived(self.endless(b"HTTP/1.1 100 Continue\r\n\r\n", b""), "no answer within 0.02 s")
 
     def test_a_refusal_without_its_words(self) -> None:
         with mock.patch.object(engine_table, "REFUSAL_TIMEOUT_S", 0.02):
@@ -1081,24 +1089,12 @@ class Trouble(TableCase):
             self.assert_survived(lambda sock, _: sock.sendall(head), "wants a token")
 
     def test_an_event_that_never_ends(self) -> None:
-        def answer(sock: socket.socket, _: str) -> None:
-            with contextlib.suppress(OSError):
-                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
-                while True:
-                    sock.sendall(b"data: x\n")
-
         with mock.patch.object(engine_table, "EVENT_TIMEOUT_S", 0.02):
-            self.assert_survived(answer, "not whole after 0.02 s")
+            self.assert_survived(self.endless(b"data: x\n"), "not whole after 0.02 s")
 
     def test_comments_are_no_snapshot(self) -> None:
-        def answer(sock: socket.socket, _: str) -> None:
-            with contextlib.suppress(OSError):
-                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
-                while True:
-                    sock.sendall(b":\n\n")
-
         gateway = self.gateway()
-        gateway.answer = answer
+        gateway.answer = self.endless(b":\n\n")
         with (
             mock.patch.object(engine_table, "SNAPSHOT_TIMEOUT_S", 0.02),
             self.assertLogs("engine_table") as logged,
