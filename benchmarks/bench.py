@@ -20,6 +20,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -34,6 +35,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent
 RECEIVING_CORE, SENDING_CORE = "0", "1"
+WAIT_S = 30.0  # generous: reached only if something is broken
+SENDER_S = 300.0  # of a sender that is ended when it was long enough
+PROBE_S = 1.0  # a datagram that is not shown by then was dropped
 
 BARE_PYTHON = """
 import socket, sys
@@ -58,7 +62,9 @@ threading.Thread(target=spin, daemon=True).start()
 sender = [sys.executable, sys.argv[2], str(gateway.udp_port), *sys.argv[3:]]
 sent = json.loads(subprocess.run(sender, capture_output=True, check=True).stdout)
 received = -1
-while received != (received := gateway.get_stats()["total_received"]):
+for _ in range(100):
+    if received == (received := gateway.get_stats()["total_received"]):
+        break
     threading.Event().wait(0.3)
 print(json.dumps({"sent": sent["sent"], "stats": gateway.get_stats()}))
 """
@@ -75,17 +81,18 @@ def memory_bytes(pid: int) -> int:
 
 
 def free_port() -> int:
-    while True:
+    """A number that is free for UDP and for TCP, below those that systems give to clients: none takes it meanwhile."""
+    for _ in range(1000):
+        port = random.randrange(15_000, 32_000)
         with (
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
             socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+            contextlib.suppress(OSError),
         ):
-            udp.bind(("127.0.0.1", 0))
-            try:
-                tcp.bind(udp.getsockname())
-            except OSError:
-                continue
-            return int(udp.getsockname()[1])
+            udp.bind(("127.0.0.1", port))
+            tcp.bind(("127.0.0.1", port))
+            return port
+    raise SystemExit("no port from 15,000 to 32,000 is free for both UDP and TCP")
 
 
 def kernel_drops(port: int) -> int:
@@ -98,6 +105,26 @@ def kernel_drops(port: int) -> int:
     return 0
 
 
+def wait_for(what: str, happened: Callable[[], Any], within_s: float = WAIT_S) -> Any:
+    """Ask until the answer is true, and return it; ends the benchmark with a message if it is not in time."""
+    until = time.monotonic() + within_s
+    while not (answer := happened()):
+        if time.monotonic() > until:
+            raise SystemExit(f"waited {within_s:.0f} s in vain for {what}")
+        time.sleep(0.0005)
+    return answer
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, however it is doing."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(10)
+
+
 def start_sender(port: int, rate: float | str, seconds: float, engines: int, *key: str) -> subprocess.Popen[bytes]:
     """`key`: a line of a KEYS_FILE, with which each is signed."""
     command = ["taskset", "-c", SENDING_CORE, sys.executable, str(HERE / "sender.py")]
@@ -106,7 +133,27 @@ def start_sender(port: int, rate: float | str, seconds: float, engines: int, *ke
 
 def finish_sender(sender: subprocess.Popen[bytes]) -> int:
     """Wait for the sender; returns how many it sent."""
-    return int(json.loads(sender.communicate()[0])["sent"])
+    try:
+        said, _ = sender.communicate(timeout=SENDER_S)
+    except subprocess.TimeoutExpired:
+        end(sender)
+        raise SystemExit(f"the sender did not end within {SENDER_S:.0f} s") from None
+    if sender.returncode:
+        raise SystemExit(f"the sender ended with status {sender.returncode}")
+    return int(json.loads(said)["sent"])
+
+
+@contextlib.contextmanager
+def sending(port: int, rate: float, engines: int, core: str = SENDING_CORE) -> Iterator[subprocess.Popen[bytes]]:
+    """A sender that goes on for as long as the context lasts."""
+    command = ["taskset", "-c", core, sys.executable, str(HERE / "sender.py"), str(port), str(rate), str(SENDER_S)]
+    process = subprocess.Popen([*command, str(engines)], stdout=subprocess.DEVNULL)
+    try:
+        yield process
+        if process.poll() is not None:
+            raise SystemExit(f"the sender ended by itself, with status {process.returncode}")
+    finally:
+        end(process)
 
 
 @contextlib.contextmanager
@@ -116,10 +163,24 @@ def pinned(command: list[str], **how: Any) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.terminate()
-        process.wait(10)
+        end(process)
         if process.stderr is not None:
             process.stderr.close()
+
+
+def wait_ready(process: subprocess.Popen[bytes]) -> int:
+    """The port of a gateway's HTTP side, once it is ready; what it said is shown if it does not come to it."""
+    assert process.stderr is not None
+    said, until = b"", time.monotonic() + WAIT_S
+    while select.select([process.stderr], [], [], max(0.0, until - time.monotonic()))[0]:
+        piece = os.read(process.stderr.fileno(), 65536)
+        said += piece
+        if match := re.search(rb"ready: .*HTTP http://\S+:(\d+)", said):
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            return int(match[1])
+        if not piece:
+            raise SystemExit(f"the gateway ended before it was ready; it said:\n{said.decode()}")
+    raise SystemExit(f"the gateway was not ready within {WAIT_S:.0f} s; it said:\n{said.decode()}")
 
 
 class Gateway:
@@ -139,9 +200,13 @@ class Gateway:
 
     def settled_stats(self) -> Any:
         """The statistics once nothing more comes and the log has everything."""
-        before = None
-        while before != (before := (stats := self.stats())["total_received"]) or log_is_behind(stats):
+        before, stats = None, self.stats()
+        until = time.monotonic() + WAIT_S
+        while before != (before := stats["total_received"]) or log_is_behind(stats):
+            if time.monotonic() > until:
+                raise SystemExit(f"the gateway did not settle within {WAIT_S:.0f} s: {stats}")
             time.sleep(0.2)
+            stats = self.stats()
         return stats
 
 
@@ -157,14 +222,7 @@ def gateway(folder: Path, **settings: object) -> Iterator[Gateway]:
     merged = {"UDP_PORT": 0, "BIND_ADDRESS": "127.0.0.1", "LOG_FILE": log, "LOG_BACKUPS": 1, **settings}
     environment.update({f"VLLM_STATE_GATEWAY_{name}": str(value) for name, value in merged.items()})
     with pinned([sys.executable, str(TOP / "gateway.py")], env=environment, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if match := re.search(rb"ready: .*HTTP http://\S+:(\d+)", line):
-                break
-        else:
-            raise SystemExit("the gateway did not start")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        running = Gateway(process, int(match[1]))
+        running = Gateway(process, wait_ready(process))
         yield running
         running.connection.close()
     for path in folder.glob("states.jsonl*"):
@@ -211,13 +269,13 @@ def watch(port: int, target: str = "/watch") -> socket.socket:
 def reader(port: int, target: str) -> Iterator[None]:
     """A reader that takes all it is sent, as a page does."""
     with watch(port, target) as sock:
-        thread = threading.Thread(target=drain, args=(sock,))
+        thread = threading.Thread(target=drain, args=(sock,), daemon=True)
         thread.start()
         try:
             yield
         finally:
             sock.shutdown(socket.SHUT_RDWR)
-            thread.join()
+            thread.join(WAIT_S)
 
 
 def drain(sock: socket.socket) -> None:
@@ -406,7 +464,7 @@ class Bench:
             compiler = shutil.which("cc")
             if compiler is None:
                 return None
-            subprocess.run([compiler, "-O2", "-o", str(program), str(HERE / "receiver.c")], check=True)
+            subprocess.run([compiler, "-O2", "-o", str(program), str(HERE / "receiver.c")], check=True, timeout=120)
         return str(program)
 
     def visible(self) -> None:
@@ -415,19 +473,30 @@ class Bench:
             for path in ("/engines/probe", "/engines"):
                 with gateway(self.folder, STALE_THRESHOLD=60_000) as running:
                     sender = start_sender(running.port, rate, self.long_seconds, 1000)
-                    delays = []
-                    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-                        number = 0
-                        while sender.poll() is None:
-                            number += 1
-                            start = time.perf_counter()
-                            sock.sendto(probe(number), ("127.0.0.1", running.port))
-                            while b'"timestamp_ms": %d,' % number not in running.get(path):
-                                pass
-                            delays.append(time.perf_counter() - start)
-                            time.sleep(random.uniform(0.001, 0.010))  # not in step with the gateway's gathering
+                    delays, number = self.probes(running, sender, path)
                     account(finish_sender(sender) + number, running.settled_stats(), f"visible, {rate}/s")
+                if not delays:
+                    raise SystemExit(f"none of {number} probes was shown at {path} within {PROBE_S:.0f} s")
                 row(f"from send to visible at {path}, {rate:,} states/s of 1,000 engines", *quantiles(delays))
+
+    @staticmethod
+    def probes(running: Gateway, sender: subprocess.Popen[bytes], path: str) -> tuple[list[float], int]:
+        """How soon probes were shown while the sender sends, and how many were sent; the kernel may drop some."""
+        delays, number = [], 0
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            while sender.poll() is None:
+                number += 1
+                start = time.perf_counter()
+                sock.sendto(probe(number), ("127.0.0.1", running.port))
+                while b'"timestamp_ms": %d,' % number not in running.get(path):
+                    if time.perf_counter() - start > PROBE_S:
+                        break
+                else:
+                    delays.append(time.perf_counter() - start)
+                time.sleep(random.uniform(0.001, 0.010))  # not in step with the gateway's gathering
+        if len(delays) < number:
+            print(f"{number - len(delays)} of {number} probes were not shown at {path} within {PROBE_S:.0f} s")
+        return delays, number
 
     def watching(self) -> None:
         """From the sending of a datagram to its event, on one of 20 streams of everything."""
@@ -460,6 +529,8 @@ class Bench:
             share = (cpu_seconds(running.process.pid) - before) / (time.perf_counter() - began) * 100
             stats = running.settled_stats()
         account(sent, stats, "watching")
+        if not delays:
+            raise SystemExit(f"none of {number} probes came as an event")
         merged = stats["watch"]["merged_events"]
         row("from send to event, 1,000 engines x 5/s, 20 readers of /watch", *quantiles(delays))
         row("the same", f"{share:.0f} % of a core", f"{stats['watch']['events']:,} events, {merged} merged")
@@ -527,7 +598,7 @@ class Bench:
             environment.update({f"VLLM_STATE_GATEWAY_{name}": value for name, value in settings.items()})
             command = [sys.executable, "-c", IN_PROCESS, str(TOP), str(HERE / "sender.py"), str(rate)]
             done = subprocess.run(
-                [*command, str(self.seconds), "1000"], env=environment, capture_output=True, check=True
+                [*command, str(self.seconds), "1000"], env=environment, stdout=subprocess.PIPE, check=True, timeout=120
             )
             result = json.loads(done.stdout)
             account(result["sent"], result["stats"], "busy thread")
@@ -538,15 +609,13 @@ class Bench:
         ready, known = [], []
         for _ in range(self.runs):
             port = free_port()
-            sender = start_sender(port, 5000, 4, 1000)  # 1,000 engines that push every 200 ms, all along
-            time.sleep(0.5)
-            start = time.perf_counter()
-            with gateway(self.folder, UDP_PORT=port) as running:
-                ready.append(time.perf_counter() - start)
-                while running.stats()["total_engines"] < 1000:
-                    pass
-                known.append(time.perf_counter() - start)
-                finish_sender(sender)
+            with sending(port, 5000, 1000):  # 1,000 engines that push every 200 ms, all along
+                time.sleep(0.5)
+                start = time.perf_counter()
+                with gateway(self.folder, UDP_PORT=port) as running:
+                    ready.append(time.perf_counter() - start)
+                    wait_for("1,000 engines that the gateway knows", lambda: running.stats()["total_engines"] >= 1000)
+                    known.append(time.perf_counter() - start)
         row("from start to ready", f"{statistics.median(ready) * 1000:.0f} ms", "")
         row(
             "from restart to all of 1,000 engines known",
@@ -583,6 +652,7 @@ def main() -> None:
         "busy_thread",
         "start",
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended then, too
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, receiver on core {RECEIVING_CORE}\n")
     row("what", "figure", "")
     print("|---|---|---|")

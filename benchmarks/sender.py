@@ -8,6 +8,7 @@ python3 sender.py PORT RATE SECONDS ENGINES     RATE 0 = as fast as it goes; pri
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import secrets
@@ -94,7 +95,8 @@ def send(port: int, rate: float, seconds: float, engines: int, signer: Signer | 
             continue
         except OSError:  # no segmentation offload here
             for one in datagrams:
-                sock.send(one)
+                with contextlib.suppress(ConnectionRefusedError):
+                    sock.send(one)
         sent += count
     return {"sent": sent, "seconds": time.perf_counter() - start}
 
