@@ -153,14 +153,30 @@ def _networks(text: str) -> tuple[Network, ...]:
         raise _Refused from None
 
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#,*@]+")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_PORTS_NEVER_SENT = {"http": 80, "https": 443}  # in a browser's Origin
 
 
 def _origins(text: str) -> tuple[str, ...]:
-    origins = tuple(part.strip().lower() for part in text.split(","))
-    if not all(origin == ANY_ORIGIN or _ORIGIN.fullmatch(origin) for origin in origins) or not text.isascii():
+    if not text.isascii():
         raise _Refused
-    return origins
+    return tuple(_origin(part.strip().lower()) for part in text.split(","))
+
+
+def _origin(text: str) -> str:
+    """As browsers send it: what is written otherwise would never be equal to it."""
+    if text == ANY_ORIGIN:
+        return text
+    parts = _ORIGIN.fullmatch(text)
+    if parts is None:
+        raise _Refused
+    scheme, host, port = parts.groups()
+    if port is None:
+        return text
+    number = int(port)
+    if number > 65535:
+        raise _Refused
+    return f"{scheme}://{host}" + ("" if number == _PORTS_NEVER_SENT.get(scheme) else f":{number}")
 
 
 def _unmapped(network: Network) -> Network:
@@ -217,7 +233,7 @@ SETTINGS: tuple[Setting, ...] = (
             "a whole number from 0 to 65535, or off",
             "TCP port of the query interface, on the same address; 0 = any free one; `off` = none", _port_or_off),
     Setting("LOG_MAX_BYTES", "log_max_bytes", "104857600",
-            "a whole number of bytes, 0 or more",
+            f"a whole number of bytes from 0 to {_MAX_BYTES}",
             "size at which the state log is rotated to `.1`, `.2`, ...; 0 = never", _whole_number(0, _MAX_BYTES)),
     Setting("LOG_BACKUPS", "log_backups", "10",
             "a whole number from 0 to 10000", "rotated files kept; any beyond are removed", _whole_number(0, 10_000)),
@@ -272,7 +288,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
             values[setting.field] = setting.parse(text)
         except _Refused:
             errors.append(_refusal(setting, text))
-    errors += _fill_computed_defaults(values, environ)
+    errors += _fill_computed_defaults(values, environ) + _refuse_group_address(values, environ)
     if errors:
         raise ConfigError(errors)
     return Config(**values)  # type: ignore[arg-type]
@@ -303,6 +319,19 @@ def _fill_computed_defaults(values: dict[str, object], environ: Mapping[str, str
             f" {PREFIX}STALE_THRESHOLD ({stale_ms}) or more, for an engine is stale before it is removed"
         ]
     return []
+
+
+def _refuse_group_address(values: dict[str, object], environ: Mapping[str, str]) -> list[str]:
+    """The kernel binds to an address of many hosts, and the gateway would be ready, and deaf to all but broadcasts."""
+    mode, text = values.get("network_mode"), values.get("bind_address")
+    if not isinstance(mode, str) or not isinstance(text, str) or MODES[mode].on_all_interfaces:
+        return []
+    if not ipaddress.ip_address(text).is_multicast and text != "255.255.255.255":
+        return []
+    return [
+        f"{PREFIX}BIND_ADDRESS={environ[PREFIX + 'BIND_ADDRESS']!r} cannot be used: accepted is an address of this host"
+        " alone, and nobody reaches HTTP at this one; 0.0.0.0 takes what is sent to broadcast addresses too"
+    ]
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

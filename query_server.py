@@ -71,6 +71,9 @@ class Application(Protocol):
     def is_probe(self, request: Request) -> bool:
         """Whether it is answered before all others, and also if there is no place for more connections."""
 
+    def may_go_on(self, request: Request) -> bool:
+        """Whether the reader of the stream that this request was answered with may still read."""
+
 
 class Counters:
     """Counts what was answered and who was turned away, and says what is wrong, each once a minute.
@@ -173,6 +176,7 @@ class StreamTurns:
 
     def __init__(self) -> None:
         self._connections: dict[Connection, float] = {}  # and when to look again whether it has something to send
+        self._requests: dict[Connection, Request] = {}  # what each was asked with
         self.next_at = 0.0  # monotonic; when to look at the first of them again
 
     def __bool__(self) -> bool:
@@ -181,9 +185,10 @@ class StreamTurns:
     def __iter__(self) -> Iterator[Connection]:
         return iter(list(self._connections))
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: Connection, request: Request) -> None:
         """Add one, whose turn comes at once."""
         self._connections[connection] = 0.0
+        self._requests[connection] = request
         self.next_at = 0.0
 
     def due(self, now: float) -> list[Connection]:
@@ -202,6 +207,11 @@ class StreamTurns:
     def discard(self, connection: Connection) -> None:
         """Remove one, if it is there."""
         self._connections.pop(connection, None)
+        self._requests.pop(connection, None)
+
+    def find_refused(self, may_go_on: Callable[[Request], bool]) -> list[Connection]:
+        """Those whose requests would be refused now."""
+        return [connection for connection, request in self._requests.items() if not may_go_on(request)]
 
     def find_spare(self, network: str) -> Connection | None:
         """The stream that ends for a new one of that network: of the network with most, if that has two more."""
@@ -340,8 +350,7 @@ class QueryServer:
                 if self._refusing:
                     self._acceptor.close()
                     for connection in self._streams:
-                        connection.end_stream()
-                        self._close(connection)
+                        self._end_stream(connection)
             elif key.data.phase is not Phase.CLOSED:  # it may have been closed to make room, in this very turn
                 self._handle_io(key.data)
 
@@ -398,6 +407,8 @@ class QueryServer:
                     continue
                 self._counters.reject("slow_reader", f"peer={connection.peer}")
             self._close(connection)
+        for connection in self._streams.find_refused(self._application.may_go_on):
+            self._end_stream(connection)
         if self._places.unsent.total > MAX_UNSENT_BYTES // 2:
             self._close_stuck_streams(judged_at)
         self._counters.flush()
@@ -503,6 +514,10 @@ class QueryServer:
         event = selectors.EVENT_READ if is_done else selectors.EVENT_WRITE
         if self._selector.get_key(connection.sock).events != event:
             self._selector.modify(connection.sock, event, connection)
+
+    def _end_stream(self, connection: Connection) -> None:
+        connection.end_stream()
+        self._close(connection)
 
     def _close(self, connection: Connection) -> None:
         self._places.discard(connection)
@@ -628,7 +643,7 @@ class QueryServer:
             connection.begin_answer(head, keep_alive=False)
         else:
             connection.begin_stream(stream, head, is_chunked=is_chunked, send_buffer_bytes=STREAM_SEND_BUFFER)
-            self._streams.add(connection)
+            self._streams.add(connection, request)
         self._send(connection)
 
 

@@ -114,14 +114,19 @@ class ReaderAccess:
         """
         return hmac.new(self._key, token, hashlib.sha256).digest()
 
-    def refusal(self, request: Request, network: str) -> Answer | None:
-        """Why a request of that network is not answered, or None if it may be."""
+    def may_read(self, request: Request) -> bool:
+        """Whether a request has one of the tokens of now, or none is asked for; counts nothing."""
         digests = self._digests
         if digests is None:
+            return True
+        token = _token_of(request)
+        return token is not None and self._digest(token) in digests
+
+    def refusal(self, request: Request, network: str) -> Answer | None:
+        """Why a request of that network is not answered, or None if it may be."""
+        if self.may_read(request):
             return None
         token = _token_of(request)
-        if token is not None and self._digest(token) in digests:
-            return None
         what = "a token is needed" if token is None else "this token is none of those that may read"
         answer = error_answer(401, f"{what}: Authorization: Bearer <token>, or Basic with the token as password")
         held_back_s = 0.0 if token is None else self._count_guess(network)

@@ -154,6 +154,10 @@ class Query:
         """Header lines that any answer to this request has."""
         return self._access.headers_for(request)
 
+    def may_go_on(self, request: Request) -> bool:
+        """Whether the stream that a request was given may go on: tokens may have been replaced since."""
+        return self._access.may_read(request)
+
     def respond(self, request: Request, network: str = "") -> Answer | WatchReader:
         """Answer a request that comes from a network, also one that cannot be answered; raises StreamsFull."""
         if request.method == "OPTIONS":

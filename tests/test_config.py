@@ -64,10 +64,16 @@ class Defaults(unittest.TestCase):
         self.assertEqual(read(STALE_THRESHOLD="5000", EXPIRE_AFTER="5000").expire_after_ms, 5000)
 
     def test_origins(self) -> None:
-        """Are lower-case, as browsers send them, and have no path."""
-        self.assertEqual(
-            read(ALLOWED_ORIGINS="https://A.example, http://b:80").allowed_origins, ("https://a.example", "http://b:80")
-        )
+        """Are as browsers send them: in lower case, without a path, and without the port that the scheme implies."""
+        for text, as_sent in (
+            ("https://A.example, http://b:8080", ("https://a.example", "http://b:8080")),
+            ("https://a.example:443,http://b:080", ("https://a.example", "http://b")),
+            ("https://a:80,http://b:443", ("https://a:80", "http://b:443")),
+            ("http://[::1]:80,https://[2001:DB8::1]:8443", ("http://[::1]", "https://[2001:db8::1]:8443")),
+            ("chrome-extension://abc", ("chrome-extension://abc",)),
+        ):
+            with self.subTest(text):
+                self.assertEqual(read(ALLOWED_ORIGINS=text).allowed_origins, as_sent)
         self.assertEqual(read(ALLOWED_ORIGINS="*").allowed_origins, ("*",))
         for text in (
             "",
@@ -79,6 +85,11 @@ class Defaults(unittest.TestCase):
             "null",
             "https://ä",
             "https://a b",
+            "https://a:",
+            "https://a:65536",
+            "https://a:b",
+            "https://me:secret@a",
+            "https://[::1",
         ):
             with self.subTest(text), self.assertRaises(ConfigError):
                 read(ALLOWED_ORIGINS=text)
@@ -167,6 +178,14 @@ class Values(unittest.TestCase):
     def test_an_engine_cannot_expire_before_it_is_stale(self) -> None:
         with self.assertRaisesRegex(ConfigError, "EXPIRE_AFTER.*STALE_THRESHOLD"):
             read(EXPIRE_AFTER="1999")
+
+    def test_an_address_of_many_hosts_is_none_to_listen_on(self) -> None:
+        """The kernel would bind to it, and nobody would reach HTTP; in broadcast mode the setting is not used."""
+        for text in ("255.255.255.255", "224.0.0.1", "ff02::1", "::ffff:239.1.2.3"):
+            with self.subTest(text):
+                with self.assertRaisesRegex(ConfigError, f"BIND_ADDRESS='{text}' .* this host alone"):
+                    read(BIND_ADDRESS=text)
+                self.assertEqual(read(BIND_ADDRESS=text, NETWORK_MODE="broadcast").network_mode, "broadcast")
 
     def test_errors_between_settings_come_with_the_others(self) -> None:
         with self.assertRaises(ConfigError) as refused:

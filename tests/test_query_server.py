@@ -73,6 +73,9 @@ class AnyApplication:
     def is_probe(self, request: Request) -> bool:
         return request.target in ("/livez", "/readyz")
 
+    def may_go_on(self, request: Request) -> bool:
+        return True
+
 
 class Client:
     """A connection that sends what it is told, to the letter."""
@@ -753,8 +756,9 @@ class Turns(unittest.TestCase):
     def setUp(self) -> None:
         self.turns = StreamTurns()
         self.first, self.second = mock.Mock(Connection), mock.Mock(Connection)
-        self.turns.add(self.first)
-        self.turns.add(self.second)
+        self.request = Request("GET", "/watch", keep_alive=True)
+        self.turns.add(self.first, self.request)
+        self.turns.add(self.second, self.request)
 
     def test_one_that_pauses_for_long_does_not_hold_up_another(self) -> None:
         self.assertEqual(self.turns.due(1.0), [self.first, self.second])
@@ -771,7 +775,7 @@ class Turns(unittest.TestCase):
         self.turns.discard(self.second)
         self.turns.find_next(1.25)
         self.assertEqual((self.turns.next_at, self.turns.due(10.9)), (11.0, []))
-        self.turns.add(self.second)
+        self.turns.add(self.second, self.request)
         self.assertEqual((self.turns.next_at, self.turns.due(1.25)), (0.0, [self.second]))
 
     def test_one_that_was_closed_in_its_turn_has_no_other(self) -> None:

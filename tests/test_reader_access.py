@@ -15,7 +15,7 @@ from pathlib import Path
 from config import ConfigError
 from http_message import Request
 from reader_access import GUESSES_S, MAX_GUESSERS, MAX_GUESSES, ReaderAccess, TokensError, load_tokens, read_tokens
-from tests.harness import Daemon, FakeClock, daemon, datagram, wait_until
+from tests.harness import DEADLINE_S, Daemon, FakeClock, daemon, datagram, wait_until
 from tests.test_status_page import Browser, why_no_browser
 
 TOKEN = b"a-right-token-of-28-letters!"
@@ -232,6 +232,24 @@ class Process(unittest.TestCase):
             self.assertEqual(running.stop(), 0)
             for token in (TOKEN, OTHER):
                 self.assertNotIn(token.decode()[:5], "".join(running.lines))
+
+    def test_a_stream_ends_with_its_token(self) -> None:
+        """Whoever stole a token reads nothing more after SIGHUP; streams of tokens that stay go on."""
+        self.write(TOKEN + b"\n" + OTHER)
+        with daemon(self.folder, HTTP_TOKENS_FILE=self.path, BIND_ADDRESS="127.0.0.1") as running:
+            streams = []
+            for authorization in (bearer(TOKEN), basic(b"me:" + TOKEN), bearer(OTHER)):
+                connection = http.client.HTTPConnection("127.0.0.1", running.http_port, timeout=DEADLINE_S)
+                self.addCleanup(connection.close)
+                connection.request("GET", "/watch", headers={"Authorization": authorization})
+                streams.append(connection.getresponse())
+            self.write(OTHER)
+            running.signal(signal.SIGHUP)
+            for ended in streams[:2]:
+                self.assertIn(b"event: snapshot", ended.read())  # up to its end
+            running.send(datagram(engine_id="after"))
+            while b"after" not in streams[2].readline():
+                pass
 
     def test_a_wrong_file_is_a_wrong_setting(self) -> None:
         self.write(b"short")

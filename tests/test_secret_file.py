@@ -43,6 +43,32 @@ class Lines(FolderCase):
         self.addCleanup(os.close, reader)
         self.assertEqual(read_secret_lines(f"/dev/fd/{reader}"), ([(1, b"secret")], ""))
 
+    def test_a_pipe_is_waited_for_but_not_for_ever(self) -> None:
+        """Signals wait while the file is read: a FIFO whose writer says nothing must not make SIGTERM do nothing."""
+        path = self.folder / "fifo"
+        os.mkfifo(path)
+        self.assertEqual(read_secret_lines(str(path)), ([], ""))  # nobody writes
+        reader, writer = os.pipe()
+        for descriptor in (reader, writer):
+            self.addCleanup(os.close, descriptor)
+        with mock.patch.object(secret_file, "PIPE_TIMEOUT_S", 0.01):
+            os.write(writer, b"half a secret")
+            with self.assertRaisesRegex(SecretFileError, "cannot be read: it is a pipe that did not end") as raised:
+                read_secret_lines(f"/dev/fd/{reader}")
+        self.assertNotIn("half", str(raised.exception))
+
+    def test_what_a_pipe_has_later_is_read_too(self) -> None:
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+
+        def write_late(*_: object) -> tuple[list[int], list[int], list[int]]:
+            os.write(writer, b"late\n")
+            os.close(writer)
+            return [reader], [], []
+
+        with mock.patch("secret_file.select.select", side_effect=write_late):
+            self.assertEqual(read_secret_lines(f"/dev/fd/{reader}"), ([(1, b"late")], ""))
+
     def test_what_is_no_such_file_is_not_read_whole(self) -> None:
         with mock.patch.object(secret_file, "MAX_BYTES", 10), self.assertRaisesRegex(SecretFileError, "larger"):
             self.read(b"x" * 11)
