@@ -160,3 +160,7 @@ class ReadBarrier:
     def close(self) -> None:
         """The listener is told to stop, and nobody waits for it any more; from any thread."""
         self._is_closed = True
+
+    def close_descriptors(self) -> None:
+        """Let go of what it woke its reader with."""
+        self._reader.close()

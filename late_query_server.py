@@ -83,10 +83,12 @@ class LateQueryServer:
 
     def close(self) -> None:
         """Close every socket; only after `run` has returned."""
+        self._wakeup.close()
         if self._server is not None:
             self._server.close()
 
     def close_descriptors(self) -> None:
         """See QueryServer."""
+        self._wakeup.close()
         if self._server is not None:
             self._server.close_descriptors()

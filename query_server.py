@@ -319,6 +319,7 @@ class QueryServer:
         for connection in self._places:
             connection.sock.close()
         self._acceptor.close_descriptors()
+        self._wakeup.close()
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 

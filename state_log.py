@@ -292,11 +292,12 @@ class StateLog:
 
     def close(self) -> None:
         """Close the file, with no last line; only after `run` has returned."""
-        self._target.close()
+        self.close_descriptors()
 
     def close_descriptors(self) -> None:
         """Close the file and do nothing else: its lock stays with the process that this one was forked from."""
         self._target.close()
+        self._wakeup.close()
 
     def step(self) -> None:
         """One round: see whether the file is still there, and write all that waits."""

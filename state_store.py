@@ -665,7 +665,9 @@ class Reaper:
         self._wakeup.set()
 
     def close(self) -> None:
-        """See Component: there is nothing to let go of."""
+        """See Component."""
+        self.close_descriptors()
 
     def close_descriptors(self) -> None:
-        """See Component: it has none."""
+        """See Component: what woke it is all that it has."""
+        self._wakeup.close()

@@ -377,6 +377,8 @@ class UdpListener:
         """Close the descriptors and do nothing else."""
         for inlet in self._inlets.values():
             inlet.sock.close()
+        self._barrier.close_descriptors()
+        self._wakeup.close()
 
 
 def _who(batch: Batch, number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -96,6 +97,16 @@ class FromPython(GatewayCase):
         assert again is not None
         self.assertEqual(again.pending_tokens_total, 10)
         self.assertIsNone(gateway.get_engine_state("nobody"))
+
+    def test_reopening_leaves_no_descriptor_behind(self) -> None:
+        """Nor is one left to the garbage collector, which comes by rarely where a router has much in memory."""
+        self.get().shutdown()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            self.get().shutdown()
+        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
 
     def test_counts_and_freshness(self) -> None:
         gateway = self.get()

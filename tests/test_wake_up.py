@@ -6,6 +6,7 @@ import os
 import select
 import threading
 import unittest
+from unittest import mock
 
 from tests.harness import DEADLINE_S
 from wake_up import WakeUp
@@ -49,12 +50,28 @@ class Waiting(unittest.TestCase):
         self.assertTrue(wake_up.wait(DEADLINE_S))
 
     def test_descriptors_are_closed_with_it(self) -> None:
+        for let_go in (WakeUp.close, lambda _: None):
+            wake_up = WakeUp()
+            pipe = wake_up._pipe
+            assert pipe is not None
+            descriptors = (pipe.reader, pipe.writer)
+            del pipe
+            let_go(wake_up)
+            del wake_up
+            for descriptor in descriptors:
+                with self.assertRaises(OSError):
+                    os.fstat(descriptor)
+
+    def test_nothing_happens_once_it_is_closed(self) -> None:
+        """A number of a descriptor may belong to something else by then."""
         wake_up = WakeUp()
-        descriptors = wake_up._descriptors
-        del wake_up
-        for descriptor in descriptors:
-            with self.assertRaises(OSError):
-                os.fstat(descriptor)
+        wake_up.close()
+        wake_up.close()
+        with mock.patch("wake_up.os.write") as write, mock.patch("wake_up.os.read") as read:
+            wake_up.set()
+            wake_up.clear()
+            self.assertFalse(wake_up.wait(DEADLINE_S))
+        self.assertEqual((write.called, read.called), (False, False))
 
 
 if __name__ == "__main__":
