@@ -348,7 +348,7 @@ class Siege:
         """All of it."""
         self.write_keys()
         running = self.start_gateway()
-        threads = [threading.Thread(target=one) for one in (self.speak, self.attack, self.look)]
+        threads = [threading.Thread(target=one, daemon=True) for one in (self.speak, self.attack, self.look)]
         for thread in threads:
             thread.start()
         began = time.monotonic()
@@ -368,7 +368,7 @@ class Siege:
         finally:
             self.ended.set()
             for thread in threads:
-                thread.join()
+                thread.join(60)
             with contextlib.suppress(Exception):
                 self.stop_gateway(running)
         self.look_through_the_log()

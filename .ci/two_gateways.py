@@ -431,7 +431,7 @@ class Trial:
     def kill(self, gateway: int, seconds: float) -> None:
         """killed, and started again"""
         self.gateways[gateway].process.kill()
-        self.gateways[gateway].process.wait()
+        self.gateways[gateway].process.wait(30)
         time.sleep(seconds)
         self.gateways[gateway] = self.start_gateway(gateway)
 

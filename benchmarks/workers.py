@@ -27,6 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bench import free_port
+
 TOP = Path(__file__).resolve().parent.parent
 WORKERS = 4
 LOOKS_PER_S = 50
@@ -87,9 +89,7 @@ class Trial:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = int(free.getsockname()[1])
+        self._port = free_port()
         self._over = threading.Event()
         self._stalls: list[tuple[float, float]] = []
         self.workers: list[Worker] = []
@@ -133,13 +133,13 @@ class Trial:
             for worker in listening[:1]:
                 worker.killed_at = time.monotonic()
                 worker.process.send_signal(signal.SIGKILL)
-                worker.process.wait()
+                worker.process.wait(30)
                 self.start_worker()
         time.sleep(seconds / (kills + 1))
         for worker in self.alive():
             worker.killed_at = time.monotonic()
             worker.process.kill()
-            worker.process.wait()
+            worker.process.wait(30)
         self._over.set()
         self.find_stalls()
 
@@ -224,6 +224,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder))
         trial.run(options.seconds, options.kills)
+    if not all(worker.looks for worker in trial.workers):
+        raise SystemExit(f"looks of the workers: {[len(worker.looks) for worker in trial.workers]}")
     looks = sum(len(worker.looks) for worker in trial.workers)
     killed = len(trial.workers) - WORKERS
     incomplete, found = list(trial.incomplete()), list(trial.behind())

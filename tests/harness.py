@@ -125,13 +125,13 @@ def again_and_again(interval_s: float, do: Callable[[int], None]) -> Iterator[No
             turn += 1
             do(turn)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(DEADLINE_S)
 
 
 def ipv6_works() -> bool:
@@ -155,7 +155,7 @@ def clean_environment(**settings: object) -> dict[str, str]:
 
 def free_port() -> int:
     """A number that is free for UDP and for TCP, below those that systems give to clients: none takes it meanwhile."""
-    while True:
+    for _ in range(1000):
         port = random.randrange(15_000, 32_000)
         with (
             socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
@@ -167,6 +167,21 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+    raise AssertionError("no port from 15,000 to 32,000 is free for both UDP and TCP")
+
+
+@contextlib.contextmanager
+def child(command: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is killed at the end, or after 2 * DEADLINE_S: then whoever waits for it, or reads it, goes on."""
+    with subprocess.Popen(command, **how) as process:
+        late = threading.Timer(2 * DEADLINE_S, process.kill)
+        late.daemon = True
+        late.start()
+        try:
+            yield process
+        finally:
+            late.cancel()
+            process.kill()
 
 
 class Answer:
@@ -241,9 +256,13 @@ class Daemon:
         self._queue.put(None)
 
     def wait_for_line(self, pattern: str) -> str:
-        """The next line of its own log that matches; fails where the process ends without it."""
+        """The next line of its own log that matches; fails if the process ends, or goes on for long, without it."""
+        deadline = time.monotonic() + DEADLINE_S
         while True:
-            line = self._queue.get(timeout=DEADLINE_S)
+            try:
+                line = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"waited {DEADLINE_S:.0f} s for {pattern!r} in {self.lines}") from None
             if line is None:
                 self._queue.put(None)
                 raise AssertionError(f"ended without {pattern!r} in {self.lines}")
@@ -331,7 +350,11 @@ class Namespace:
             if shutil.which(tool) is None:
                 return f"{tool} is not on this machine"
         tried = subprocess.run(
-            ["unshare", "-n", "ip", "link", "set", "lo", "up"], capture_output=True, text=True, check=False
+            ["unshare", "-n", "ip", "link", "set", "lo", "up"],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
         )
         return f"no network namespace can be made here: {tried.stderr.strip()}" if tried.returncode else ""
 

@@ -42,7 +42,7 @@ def why_not() -> str:
         return "only root of a Linux machine can start it as a container does"
     if shutil.which("setpriv") is None:
         return "setpriv is not on this machine"
-    tried = subprocess.run([*AS_USER, "true"], capture_output=True, text=True, check=False)
+    tried = subprocess.run([*AS_USER, "true"], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     if tried.returncode:
         return f"root has too few rights here: {tried.stderr.strip()}"
     return "" if python_folder() else "no Python that an ordinary user can run is on this machine"
@@ -52,7 +52,7 @@ def python_folder() -> Path | None:
     """A folder with a `python3` that an ordinary user can run, too: that of these tests may be in root's home."""
     for folder in (Path(sys.executable).parent, Path("/usr/local/bin"), Path("/usr/bin")):
         command = [*AS_USER, str(folder / "python3"), "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]
-        if subprocess.run(command, capture_output=True, check=False, cwd="/").returncode == 0:
+        if subprocess.run(command, capture_output=True, check=False, cwd="/", timeout=DEADLINE_S).returncode == 0:
             return folder
     return None
 
@@ -273,7 +273,9 @@ class EntryScriptTest(unittest.TestCase):
         self.assertNotIn(ENTRY, "".join(running.lines))
 
     def skip_without_mounts(self) -> None:
-        tried = subprocess.run([*READ_ONLY, "true"], cwd=self.folder, capture_output=True, text=True, check=False)
+        tried = subprocess.run(
+            [*READ_ONLY, "true"], cwd=self.folder, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
         if tried.returncode:
             self.skipTest(f"nothing can be mounted here: {tried.stderr.strip()}")
 

@@ -371,7 +371,7 @@ class Commands(unittest.TestCase):
                 """Nothing of it in the tests' output."""
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         self.addCleanup(thread.join, DEADLINE_S)
         self.addCleanup(server.server_close)
@@ -581,7 +581,12 @@ class Commands(unittest.TestCase):
 
     def test_help_is_there(self) -> None:
         done = subprocess.run(
-            gateway_command("--help"), capture_output=True, text=True, check=True, env=dict(os.environ)
+            gateway_command("--help"),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=True,
+            env=dict(os.environ),
         )
         self.assertIn("settings, from the environment:", done.stdout)
 

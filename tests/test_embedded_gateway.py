@@ -65,7 +65,9 @@ class FromPython(GatewayCase):
     def test_there_is_one_gateway_and_it_starts_once(self) -> None:
         found: list[Any] = []
         with environment(**{**LOOPBACK, "LOG_FILE": self.log_file}):
-            callers = [threading.Thread(target=lambda: found.append(get_state_gateway())) for _ in range(8)]
+            callers = [
+                threading.Thread(target=lambda: found.append(get_state_gateway()), daemon=True) for _ in range(8)
+            ]
             for caller in callers:
                 caller.start()
             for caller in callers:
@@ -282,8 +284,8 @@ if child == 0:
 os.waitpid(child, 0)
 import socket
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.sendto(sys.argv[2].encode(), ("127.0.0.1", gateway.udp_port))
 while not gateway.get_active_engines_count():
+    sock.sendto(sys.argv[2].encode(), ("127.0.0.1", gateway.udp_port))
     os.sched_yield()
 print(list(gateway.get_engine_states_dict()), flush=True)
 """

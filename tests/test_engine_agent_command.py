@@ -22,7 +22,7 @@ from typing import Any
 
 import engine_agent
 from engine_agent import ACTIVITIES, GONE, SERVING, Key, LoggedState, Replay, Simulation, log_files, logged_states
-from tests.harness import TOP, FakeClock, fields, parse_datagram
+from tests.harness import TOP, FakeClock, child, fields, parse_datagram
 from tests.test_engine_agent import Kept, settings
 
 AGENT = TOP / "engine_agent.py"
@@ -93,7 +93,7 @@ class Simulated(unittest.TestCase):
 
     def test_sigterm_ends_it_with_a_farewell_for_all_and_exit_0(self) -> None:
         command = [sys.executable, "-I", str(AGENT), "--simulate", "4", "--print"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
+        with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
             assert agent.stdout is not None
             first = [agent.stdout.readline() for _ in range(4)]
             agent.send_signal(signal.SIGTERM)
@@ -243,7 +243,7 @@ class Commands(unittest.TestCase):
 
     def test_a_reader_that_has_enough_is_no_error(self) -> None:
         command = [sys.executable, "-I", str(AGENT), "--simulate", "50", "--print", "--seconds", "30"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as agent:
+        with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as agent:
             assert agent.stdout is not None
             agent.stdout.readline()
             agent.stdout.close()

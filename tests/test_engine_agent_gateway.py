@@ -15,7 +15,7 @@ import unittest
 from collections.abc import Iterator
 from typing import Any
 
-from tests.harness import TOP, Daemon, daemon, wait_until
+from tests.harness import DEADLINE_S, TOP, Daemon, daemon, wait_until
 from tests.test_engine_agent_sidecar import vllm_page
 
 ENGINE = "http://engine:8000"
@@ -59,7 +59,7 @@ class FakeEngine:
 
         self._server = Server(("127.0.0.1", port), Handler)
         self.port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
     def page(self) -> bytes:
@@ -69,7 +69,7 @@ class FakeEngine:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()
+        self._thread.join(DEADLINE_S)
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

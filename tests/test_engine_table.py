@@ -1211,7 +1211,7 @@ class Asking(TableCase):
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
              "-subj", "/CN=gateway", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-            check=True, capture_output=True,
+            check=True, capture_output=True, timeout=DEADLINE_S,
         )  # fmt: skip
         gateway = self.gateway("a")
         gateway.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 
 from engine_table import EngineTable
-from tests.harness import Daemon, again_and_again, ask, datagram, free_port, heartbeat
+from tests.harness import DEADLINE_S, Daemon, again_and_again, ask, datagram, free_port, heartbeat
 
 THRESHOLD_S = 1.0
 MARGIN_S = 0.1
@@ -37,7 +37,7 @@ class Way:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._ended = False
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -49,9 +49,10 @@ class Way:
             for sock in readable:
                 if sock is self._listener:
                     ours, _ = sock.accept()
+                    ours.settimeout(DEADLINE_S)
                     opened.append(ours)
                     try:
-                        theirs = socket.create_connection(("127.0.0.1", self._port))
+                        theirs = socket.create_connection(("127.0.0.1", self._port), DEADLINE_S)
                     except OSError:
                         ours.close()
                         continue
@@ -76,7 +77,7 @@ class Way:
 
     def close(self) -> None:
         self._ended = True
-        self._thread.join()
+        self._thread.join(DEADLINE_S)
 
 
 @unittest.skipUnless(os.environ.get("STATE_GATEWAY_LONG_TESTS"), "takes a minute: set STATE_GATEWAY_LONG_TESTS=1")
@@ -228,7 +229,7 @@ class Faults(unittest.TestCase):
 
         # One is killed, and comes back.
         self.gateways[0].process.kill()
-        self.gateways[0].process.wait()
+        self.gateways[0].process.wait(DEADLINE_S)
         self.wait(1.5)
         self.silent = {first}
         self.wait(1.5)
@@ -272,7 +273,7 @@ class Faults(unittest.TestCase):
 
         # The other comes back when this one is gone, too.
         self.gateways[0].process.kill()
-        self.gateways[0].process.wait()
+        self.gateways[0].process.wait(DEADLINE_S)
         self.wait(1.6)
         self.assertEqual(self.table.live(), [])
         self.unreachable(1, 2.5)
@@ -286,7 +287,7 @@ class Faults(unittest.TestCase):
         # All is gone: what is known grows old, and is removed.
         for running in self.gateways:
             running.process.kill()
-            running.process.wait()
+            running.process.wait(DEADLINE_S)
         self.wait(THRESHOLD_S + MARGIN_S + 0.1)
         self.assertEqual(self.table.live(), [])
         self.wait(2.5)

@@ -21,7 +21,17 @@ from typing import Any
 from unittest import mock
 
 import engine_table
-from tests.harness import DEADLINE_S, TOP, Daemon, clean_environment, daemon, datagram, heartbeat, wait_until
+from tests.harness import (
+    DEADLINE_S,
+    TOP,
+    Daemon,
+    child,
+    clean_environment,
+    daemon,
+    datagram,
+    heartbeat,
+    wait_until,
+)
 from tests.test_engine_table import FakeGateway, TableCase
 
 PROGRAM = str(TOP / "engine_table.py")
@@ -398,9 +408,7 @@ class Printed(unittest.TestCase):
             running.send(datagram(engine_id="a"))
             running.wait_received(1)
             command = [sys.executable, PROGRAM, "--json", f"http://127.0.0.1:{running.http_port}"]
-            with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment()
-            ) as process:
+            with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment()) as process:
                 assert process.stdout is not None and process.stderr is not None
                 self.assertEqual(json.loads(process.stdout.readline())["engine_id"], "a")
                 running.send(datagram(engine_id="b"))

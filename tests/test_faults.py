@@ -356,7 +356,7 @@ class Disks(FaultCase):
 
         port = free_port()
         running = self.start(UDP_PORT=port)
-        sender = threading.Thread(target=load)
+        sender = threading.Thread(target=load, daemon=True)
         sender.start()
         try:
             for _ in range(runs):
@@ -366,7 +366,7 @@ class Disks(FaultCase):
                 running = self.start(UDP_PORT=port)
         finally:
             stop.set()
-            sender.join()
+            sender.join(DEADLINE_S)
         self.assertEqual(running.stop(), 0)
         torn = 0
         for line in self.log.read_bytes().split(b"\n")[:-1]:
@@ -429,7 +429,7 @@ class Collected:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.data = bytearray()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -552,7 +552,9 @@ class StandardStreams(FaultCase):
         """As in the container: root's pipe, and the gateway is an ordinary user by then."""
         python = shutil.which("python3", path="/usr/local/bin:/usr/bin") or ""
         user = ("setpriv", "--reuid=65532", "--regid=65532", "--clear-groups")
-        tried = subprocess.run([*user, python, str(TOP / "gateway.py"), "--version"], capture_output=True, check=False)
+        tried = subprocess.run(
+            [*user, python, str(TOP / "gateway.py"), "--version"], capture_output=True, timeout=DEADLINE_S, check=False
+        )
         if tried.returncode:
             self.skipTest(f"that user cannot run it here: {tried.stderr.decode()[-200:]}")
         for kind in ("pipe", "socket"):

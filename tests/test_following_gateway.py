@@ -177,6 +177,7 @@ class InOneProcess(unittest.TestCase):
         ended = threading.Event()
 
         def trickle(listener: socket.socket) -> None:
+            listener.settimeout(DEADLINE_S)
             connection, _ = listener.accept()
             with connection, contextlib.suppress(OSError):
                 while not ended.wait(0.02):
@@ -187,7 +188,7 @@ class InOneProcess(unittest.TestCase):
             socket.create_server(("127.0.0.1", self.port)) as listener,
         ):
             other.bind(("127.0.0.1", self.port))
-            thread = threading.Thread(target=trickle, args=(listener,))
+            thread = threading.Thread(target=trickle, args=(listener,), daemon=True)
             thread.start()
             try:
                 with self.assertRaisesRegex(
@@ -196,7 +197,7 @@ class InOneProcess(unittest.TestCase):
                     self.get(ask_timeout_s=following_gateway.ASK_TIMEOUT_S)
             finally:
                 ended.set()
-                thread.join()
+                thread.join(DEADLINE_S)
 
     def test_the_error_says_so_where_there_is_nobody_to_follow(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:

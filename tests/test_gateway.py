@@ -150,7 +150,10 @@ class ExitStatus(ProcessCase):
 
     def test_an_older_python_says_what_is_needed(self) -> None:
         older = shutil.which("python3.9")
-        if older is None or subprocess.run([older, "--version"], capture_output=True, check=False).returncode:
+        if (
+            older is None
+            or subprocess.run([older, "--version"], capture_output=True, timeout=DEADLINE_S, check=False).returncode
+        ):
             self.skipTest("no Python 3.9 on this machine")
         done = subprocess.run(
             [older, TOP / "gateway.py"], capture_output=True, text=True, check=False, timeout=DEADLINE_S

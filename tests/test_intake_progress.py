@@ -138,7 +138,7 @@ class Barrier(unittest.TestCase):
     def test_step_that_began_after(self) -> None:
         """A step that began after the request completes it."""
         self.arrive()
-        reader = threading.Thread(target=self.barrier.wait, args=(DEADLINE_S,))
+        reader = threading.Thread(target=self.barrier.wait, args=(DEADLINE_S,), daemon=True)
         reader.start()
         self.assertTrue(self.listener.wait(DEADLINE_S))
         ticket = self.barrier.ticket()

@@ -70,7 +70,7 @@ class Late(unittest.TestCase):
     def test_as_soon_as_the_port_is_free(self) -> None:
         late = self.late(free_at=3)
         self.assertEqual((late.counters(), late.last_progress_at), (counters_document(), 5.0))
-        thread = threading.Thread(target=late.run)
+        thread = threading.Thread(target=late.run, daemon=True)
         with self.assertLogs("elrar.http", "WARNING"):
             thread.start()
             self.assertTrue(self.made.wait(DEADLINE_S))

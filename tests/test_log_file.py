@@ -74,7 +74,7 @@ class Lock(FileCase):
         first, second = self.open(), self.make()
         waiting = threading.Event()
         with mock.patch("log_file.time.sleep", side_effect=lambda _: waiting.set()):
-            opening = threading.Thread(target=second.open, args=(DEADLINE_S,))
+            opening = threading.Thread(target=second.open, args=(DEADLINE_S,), daemon=True)
             opening.start()
             self.assertTrue(waiting.wait(DEADLINE_S))
             first.close()

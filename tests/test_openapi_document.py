@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 import unittest
 from typing import Any
 
@@ -121,7 +122,9 @@ class Description(unittest.TestCase):
         stream = EventStream()
         seen: set[str] = set()
         number = 0
+        deadline = time.monotonic() + DEADLINE_S
         while seen != {"snapshot", "state"}:
+            self.assertLess(time.monotonic(), deadline, f"only {seen} came")
             # Again and again, because the snapshot may have the first of them already.
             number += 1
             self.running.send(datagram(engine_id="http://a:8000", timestamp_ms=2**52 + number, latency_pred_ms=8))

@@ -40,7 +40,9 @@ def why_not() -> str:
     for tool in (*NAMESPACES[:1], "ip", "mount"):
         if shutil.which(tool) is None:
             return f"{tool} is not on this machine"
-    tried = subprocess.run([*NAMESPACES, "ip", "link", "set", "lo", "up"], capture_output=True, text=True, check=False)
+    tried = subprocess.run(
+        [*NAMESPACES, "ip", "link", "set", "lo", "up"], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
     return f"no namespaces can be made here: {tried.stderr.strip()}" if tried.returncode else ""
 
 

@@ -7,7 +7,7 @@ import unittest
 from unittest import mock
 
 from pause_meter import CATCH_UP_S, MAX_PAUSES, PAUSED_AFTER_S, SETTLE_S, PauseMeter
-from tests.harness import FakeClock
+from tests.harness import DEADLINE_S, FakeClock
 
 
 class Pauses(unittest.TestCase):
@@ -69,14 +69,14 @@ class Pauses(unittest.TestCase):
         barrier = threading.Barrier(8)
 
         def ask() -> None:
-            barrier.wait()
+            barrier.wait(DEADLINE_S)
             self.meter()
 
-        threads = [threading.Thread(target=ask) for _ in range(8)]
+        threads = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(DEADLINE_S)
         self.assertEqual(self.meter.running_s_since(then), 0)
 
     def test_before_the_start_and_after_the_stop(self) -> None:

@@ -107,7 +107,7 @@ class Stop(ProcessCase):
                     number += 1
                     sock.sendto(datagram(timestamp_ms=number), ("127.0.0.1", running.udp_port))
 
-        sender = threading.Thread(target=load)
+        sender = threading.Thread(target=load, daemon=True)
         sender.start()
         try:
             running.wait_received(5000)
@@ -116,7 +116,7 @@ class Stop(ProcessCase):
             self.assertEqual(running.wait_exit(), 0, running.lines)
         finally:
             ended.set()
-            sender.join()
+            sender.join(DEADLINE_S)
         self.assert_whole()
         self.assertGreaterEqual(len(logged_states(self.log)), 5000)
 
@@ -148,11 +148,18 @@ class Stop(ProcessCase):
                     running.wait_ready()
                 else:
                     self.wait_for_program(running)
-                while running.process.poll() is None:
-                    running.signal(signal.SIGINT if attempt % 2 else signal.SIGTERM)
-                    if attempt % 3 != 2:
-                        break
+                number = signal.SIGINT if attempt % 2 else signal.SIGTERM
+                running.signal(number)
+                if attempt % 3 == 2:
+                    self.signal_until_it_ends(running, number)
                 self.assertEqual(running.wait_exit(), 0, running.lines)
+
+    def signal_until_it_ends(self, running: Daemon, number: int) -> None:
+        def ended() -> bool:
+            running.signal(number)
+            return running.process.poll() is not None
+
+        wait_until("it to end", ended)
 
     def wait_for_program(self, running: Daemon) -> None:
         """Wait until Python itself has started, and the program has blocked the signals for its own start."""
@@ -170,7 +177,7 @@ class Stop(ProcessCase):
 
     def test_readers_that_are_connected_do_not_hold_it_up(self) -> None:
         running = self.start().wait_ready()
-        with socket.create_connection(("127.0.0.1", running.http_port)) as idle:
+        with socket.create_connection(("127.0.0.1", running.http_port), DEADLINE_S) as idle:
             idle.sendall(b"GET /engines HT")
             self.assertEqual(running.stop(), 0)
 
@@ -263,7 +270,9 @@ class Limits(ProcessCase):
         for python in (sys.executable, "/usr/bin/python3"):
             with contextlib.suppress(OSError):
                 command = [python, str(TOP / "gateway.py"), "--version"]
-                if not subprocess.run(command, user=user, group=user, capture_output=True, check=False).returncode:
+                if not subprocess.run(
+                    command, user=user, group=user, capture_output=True, timeout=DEADLINE_S, check=False
+                ).returncode:
                     break
         else:
             self.skipTest("no Python here that another user may run")
@@ -347,7 +356,8 @@ class Signals(ProcessCase):
             running.signal(signal.SIGSTOP)
             with contextlib.ExitStack() as stack:
                 asked = [
-                    stack.enter_context(socket.create_connection(("127.0.0.1", running.http_port))) for _ in range(5)
+                    stack.enter_context(socket.create_connection(("127.0.0.1", running.http_port), DEADLINE_S))
+                    for _ in range(5)
                 ]
                 for sock in asked:
                     sock.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")

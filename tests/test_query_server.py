@@ -98,6 +98,7 @@ class Client:
         assert match, f"no status line: {status_line!r}"
         headers = {}
         while (line := self.file.readline()) != b"\r\n":
+            assert line, "the connection ended within the headers"
             name, _, value = line.decode().partition(":")
             headers[name.lower()] = value.strip()
         body = b"" if head_only else self.file.read(int(headers["content-length"]))
@@ -125,7 +126,7 @@ class ServerCase(unittest.TestCase):
         listener.setblocking(False)
         self.port = listener.getsockname()[1]
         self.server = QueryServer([listener], AnyApplication(), max_connections=self.max_connections, clock=self.clock)
-        thread = threading.Thread(target=self.server.run)
+        thread = threading.Thread(target=self.server.run, daemon=True)
         thread.start()
 
         def stop() -> None:
@@ -814,8 +815,8 @@ class Streams(ServerCase):
         self.assertEqual(self.rejected(), 2)
         self.tick()
         wait_until("the third to have its turn", lambda: not STREAMS[2].is_large)
-        while honest.file.readline() != b"\r\n":
-            pass
+        while (line := honest.file.readline()) != b"\r\n":
+            self.assertTrue(line, "the connection ended within the headers")
         self.assertEqual(honest.file.readline(), b"%x\r\n" % len(BIG))
         self.assertEqual(honest.file.read(len(BIG)), BIG)
         self.assertTrue(STREAMS[2].is_open)

@@ -205,7 +205,7 @@ class Process(unittest.TestCase):
         self.path.chmod(0o600)
 
     def status(self, running: Daemon, path: str, token: bytes | None = None) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", running.http_port)
+        connection = http.client.HTTPConnection("127.0.0.1", running.http_port, timeout=DEADLINE_S)
         try:
             connection.request("GET", path, headers={} if token is None else {"Authorization": bearer(token)})
             return connection.getresponse().status

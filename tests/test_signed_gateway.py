@@ -26,6 +26,7 @@ from sockets import open_udp_sockets
 from state_log import StateLog
 from state_store import StateStore
 from tests.harness import (
+    DEADLINE_S,
     TOP,
     Daemon,
     FakeClock,
@@ -411,6 +412,7 @@ class Daemons(FolderCase):
             [sys.executable, str(TOP / "engine_agent.py"), "--new-key", "fleet"],
             capture_output=True,
             text=True,
+            timeout=DEADLINE_S,
             check=True,
         ).stdout
         self.secret = self.line.split()[1]
@@ -435,6 +437,7 @@ class Daemons(FolderCase):
                 ],
                 capture_output=True,
                 text=True,
+                timeout=DEADLINE_S,
                 check=True,
             )
             running.send(datagram(), self.datagram("e", Key("fleet", b"x" * 32)))

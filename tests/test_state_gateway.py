@@ -250,7 +250,7 @@ class Stopping(GatewayCase):
 
     def test_twice_at_once_is_harmless(self) -> None:
         gateway = self.run_gateway()
-        others = [threading.Thread(target=gateway.shutdown) for _ in range(3)]
+        others = [threading.Thread(target=gateway.shutdown, daemon=True) for _ in range(3)]
         for other in others:
             other.start()
         for other in others:

@@ -17,6 +17,7 @@ import log_file
 from engine_state import FIELDS_JSON
 from state_log import FLUSH_BYTES, MAX_PIECES_PER_WRITE, LineBuffer, Lines, StateLog
 from tests.harness import (
+    DEADLINE_S,
     FakeClock,
     FolderCase,
     datagram,
@@ -135,9 +136,9 @@ class WrittenLines(LogCase):
     def test_what_comes_fast_is_not_left_to_wait(self) -> None:
         log = self.make_log()
         with mock.patch("state_log.FLUSH_INTERVAL_S", 3600.0):
-            writer = threading.Thread(target=log.run)
+            writer = threading.Thread(target=log.run, daemon=True)
             writer.start()
-            self.addCleanup(writer.join)
+            self.addCleanup(writer.join, DEADLINE_S)
             self.addCleanup(log.stop)
             many = FLUSH_BYTES // 300
             append(log, *({"pending_tokens_total": number} for number in range(many)))

@@ -11,7 +11,7 @@ from config import read_config
 from engine_view import EngineView
 from state_store import Batch, StateStore
 from table_room import MAX_HISTORY_BYTES
-from tests.harness import CAPTURED, PLACEHOLDERS, FakeClock, batch, datagram, parse_datagram
+from tests.harness import CAPTURED, DEADLINE_S, PLACEHOLDERS, FakeClock, batch, datagram, parse_datagram
 
 STALE_MS = 2000
 EXPIRE_MS = 6000
@@ -500,14 +500,14 @@ class Counters(StoreCase):
                     if view.age_ms > view.state_age_ms:
                         wrong.append(view)
 
-        readers = [threading.Thread(target=look) for _ in range(2)]
+        readers = [threading.Thread(target=look, daemon=True) for _ in range(2)]
         for reader in readers:
             reader.start()
         for _ in range(1000):
             self.store.apply(some)
         done.set()
         for reader in readers:
-            reader.join()
+            reader.join(DEADLINE_S)
         self.assertEqual(wrong, [])
         self.assertEqual(self.store.counters()["total_received"], 53_000)
         self.assertEqual(self.store.counters()["invalid_reasons"]["too_large"], 1000)

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,12 +235,16 @@ class Browser:
 
     def _open_session(self, language: str, width: int, height: int) -> None:
         assert self._driver.stdout is not None
+        late = threading.Timer(2 * DEADLINE_S, self._driver.kill)  # so that its output ends
+        late.daemon = True
+        late.start()
         for line in self._driver.stdout:
             started = re.search(rb"started successfully on port (\d+)", line)
             if started:
+                late.cancel()
                 break
         else:
-            raise AssertionError("chromedriver ended without saying its port")
+            raise AssertionError(f"chromedriver ended, or took over {2 * DEADLINE_S:.0f} s, without saying its port")
         self._port = int(started[1])
         arguments = [
             "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

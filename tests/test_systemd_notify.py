@@ -11,11 +11,7 @@ import unittest
 import gateway
 from config import read_config
 from systemd_notify import SystemdNotify
-from tests.harness import (
-    DEADLINE_S,
-    datagram,
-    gateway_command,
-)
+from tests.harness import DEADLINE_S, datagram, gateway_command, wait_until
 from tests.test_process import ProcessCase
 
 
@@ -30,6 +26,11 @@ class Systemd(ProcessCase):
             def told() -> list[str]:
                 return manager.recv(4096).decode().splitlines()
 
+            def told_more() -> list[str]:
+                """What is not that it lives."""
+                said: list[str] = wait_until("more", lambda: (lines := told()) != ["WATCHDOG=1"] and lines)
+                return said
+
             running = self.start(("env", f"NOTIFY_SOCKET={address}", "WATCHDOG_USEC=30000", *gateway_command()))
             ready, status = told()
             self.assertEqual(ready, "READY=1")
@@ -37,14 +38,12 @@ class Systemd(ProcessCase):
             for _ in range(3):
                 self.assertEqual(told(), ["WATCHDOG=1"])
             running.signal(signal.SIGHUP)
-            while (lines := told()) == ["WATCHDOG=1"]:
-                pass
+            lines = told_more()
             self.assertEqual(lines[0], "RELOADING=1")
             self.assertRegex(lines[1], "^MONOTONIC_USEC=[0-9]+$")
             self.assertEqual(told()[0], "READY=1")
             self.assertEqual(running.stop(), 0)
-            while (lines := told()) == ["WATCHDOG=1"]:
-                pass
+            lines = told_more()
             self.assertEqual(lines, ["STOPPING=1", "STATUS=stopping, SIGTERM"])
 
     def test_through_a_socket_with_a_path(self) -> None:

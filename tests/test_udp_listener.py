@@ -358,9 +358,9 @@ class CatchingUp(ListenerCase):
         patched = mock.patch("intake_progress.coalescing_delay_s", return_value=3600.0)
         how_long = patched.start()
         self.addCleanup(patched.stop)
-        thread = threading.Thread(target=listener.run)
+        thread = threading.Thread(target=listener.run, daemon=True)
         thread.start()
-        self.addCleanup(thread.join)
+        self.addCleanup(thread.join, DEADLINE_S)
         self.addCleanup(listener.stop)
         return how_long
 

@@ -27,10 +27,10 @@ class Waiting(unittest.TestCase):
 
     def test_set_meanwhile_ends_the_wait(self) -> None:
         wake_up, ended = WakeUp(), []
-        waiting = threading.Thread(target=lambda: ended.append(wake_up.wait(DEADLINE_S)))
+        waiting = threading.Thread(target=lambda: ended.append(wake_up.wait(DEADLINE_S)), daemon=True)
         waiting.start()
         wake_up.set()
-        waiting.join()
+        waiting.join(DEADLINE_S)
         self.assertEqual(ended, [True])
 
     def test_can_be_polled_with_others(self) -> None:
