@@ -51,7 +51,8 @@ def why_not() -> str:
 def python_folder() -> Path | None:
     """A folder with a `python3` that an ordinary user can run, too: that of these tests may be in root's home."""
     for folder in (Path(sys.executable).parent, Path("/usr/local/bin"), Path("/usr/bin")):
-        command = [*AS_USER, str(folder / "python3"), "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]
+        # By `env`, because what setpriv itself starts it starts with root's rights to folders.
+        command = [*AS_USER, "env", str(folder / "python3"), "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]
         if subprocess.run(command, capture_output=True, check=False, cwd="/", timeout=DEADLINE_S).returncode == 0:
             return folder
     return None
