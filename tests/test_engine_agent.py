@@ -270,6 +270,23 @@ class Proving(unittest.TestCase):
         self.assertEqual(self.look(Reading(0, 0), in_flight=0, after=59.0), [0.2])
         self.assertEqual(self.look(Reading(0, 0), in_flight=0, after=2.0), [63.2])
 
+    def test_one_that_fails_its_chance_waits_twice_as_long_for_the_next_and_a_step_makes_all_good(self) -> None:
+        self.prover = Prover(1.0, 10.0)
+
+        def pause(marker: int) -> float:
+            """Clients wait for it for two seconds and give up; returns after how many seconds it is called idle."""
+            for _ in range(10):
+                (before,) = self.look(Reading(0, 0, marker=marker), in_flight=3)
+            gave_up = self.now
+            while self.look(Reading(0, 0, marker=marker), in_flight=0) == [before]:
+                self.assertLess(self.now - gave_up, 100)
+            return round(self.now - gave_up)
+
+        self.look(Reading(0, 0, marker=1), in_flight=0)
+        self.assertEqual([pause(1) for _ in range(5)], [10, 20, 40, 60, 60])
+        self.look(Reading(0, 0, marker=2), in_flight=0)
+        self.assertEqual(pause(2), 10)
+
     def test_requests_that_another_rank_works_on_do_not_count(self) -> None:
         def two(marker: int, running: int) -> tuple[Reading, Reading]:
             return Reading(running, 0, marker=marker, rank=0), Reading(0, 0, rank=1)

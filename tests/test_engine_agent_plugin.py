@@ -591,7 +591,7 @@ class Endings(unittest.TestCase):
                     await asyncio.sleep(0)
             loop.remove_signal_handler(signal.SIGTERM)
 
-        asyncio.run(serve())
+        asyncio.run(asyncio.wait_for(serve(), 30))
         self.assertEqual(order[0], "farewell")
         self.assertEqual([one for one in order if one != "farewell"], ["first", "second"])
 

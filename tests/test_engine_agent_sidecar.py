@@ -269,6 +269,35 @@ class Vllm(unittest.TestCase):
         self.assertTrue(any(len(paths) > 1 for paths in at_once), at_once)
         self.assertFalse(self.adapter._ahead, "an answer is used once, and not kept for another look")
 
+    def test_an_idle_engine_is_woken_once_a_look_and_its_numbers_are_as_old_as_the_question(self) -> None:
+        for _ in range(2):
+            self.look()
+        at_once: list[tuple[str, ...]] = []
+        whole = self.client.get_all
+
+        def asked_at_once(*paths: str) -> list[tuple[int, bytes]]:
+            at_once.append(paths)
+            found = whole(*paths)
+            self.clock.move(0.1)  # the answers take their time
+            return found
+
+        with mock.patch.object(self.client, "get_all", asked_at_once):
+            for _ in range(12):
+                self.client.asked.clear()
+                before = self.clock.now
+                look = self.look()
+                self.assertEqual(len(at_once), 1)
+                self.assertEqual(self.client.asked, list(at_once.pop()), "nothing is asked for apart from these")
+                self.assertAlmostEqual(look.at.at, before + 0.2)
+        self.assertEqual(look.readings[0].tokens, 0)
+
+    def test_a_request_that_shows_in_load_is_looked_at_with_all_numbers_at_once(self) -> None:
+        self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3})
+        self.look(metrics_=vllm_page(0, 0, 2), load={"server_load": 0})
+        look = self.look(metrics_=vllm_page(1, 0, 3), load={"server_load": 1})
+        self.assertEqual(look.readings[0].tokens, 900)
+        self.assertEqual(len([one for one in self.client.asked if one.startswith("/metrics/")]), 1)
+
     def test_a_request_that_comes_to_an_idle_engine_is_seen_with_the_next_look(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3})
         self.look(metrics_=vllm_page(0, 0, 2), load={"server_load": 0})
