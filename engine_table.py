@@ -2001,6 +2001,12 @@ class _Gauge:
     def stop(self) -> None:
         self._stop.set()
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether a gateway has told its counters."""
+        with self._lock:
+            return bool(self._samples)
+
     @staticmethod
     def _count(stats: dict[str, Any], name: str) -> float:
         value: Any = stats
@@ -2164,14 +2170,23 @@ class _View:
         gateways = self._table.gateways()
         names = ", ".join(f"{one.url}{'' if one.connected else ' (not followed)'}" for one in gateways)
         lines = [_cut(texts, width), _cut([(names, "" if any(g.connected for g in gateways) else "red")], width)]
-        wrong = self.wrong(gateways)
-        return [*lines, _cut([("! " + "; ".join(wrong), "red")] if wrong else [("nothing is wrong", "dim")], width)]
+        wrong = self.wrong(gateways, fleet)
+        if wrong:
+            return [*lines, _cut([("! " + "; ".join(wrong), "red")], width)]
+        is_known = self._gauge is not None and self._gauge.has_answers  # else a loss would not have been heard of
+        return [*lines, _cut([("nothing is wrong", "dim")] if is_known else [], width)]
 
-    def wrong(self, gateways: list[GatewayStatus]) -> list[str]:
+    def wrong(self, gateways: list[GatewayStatus], fleet: dict[str, Any]) -> list[str]:
         """What an operator should know."""
         found = [f"{one.url} {one.address}: {_printable(one.problem)}" for one in gateways if one.problem]
+        if not fleet[LIVE] and fleet[STALE] + fleet[UNAVAILABLE]:
+            found.append("no engine is live")
         if self._gauge:
             found += self._gauge.wrong()
+        else:
+            conflicting = sum(entry.conflict for entry in self._table.entries())
+            if conflicting:
+                found.append(f"{_number(conflicting)} ids with several senders")
         return found
 
     def _rows(self, width: int, room: int) -> list[list[Styled]]:
@@ -2444,7 +2459,7 @@ def _print_once(table: EngineTable, options: argparse.Namespace) -> int:
     columns = _columns_that_fit(width)
     if not sys.stdout.isatty():  # nothing is cut off what is read by a program
         width = max(width, longest + sum(column.width + 1 for column in columns[1:]))
-    for line in view.head(width):
+    for line in filter(None, view.head(width)):
         print("".join(text for text, _ in line))
     print(" ".join(_fit(c.title, _width_of(columns, n, width), right=c.right) for n, c in enumerate(columns)).rstrip())
     for entry in entries:
@@ -2471,7 +2486,18 @@ def _print_json(table: EngineTable, options: argparse.Namespace) -> int:
             elif all(word in view._text_of(known) for word in words):
                 print(json.dumps(known.as_dict(), ensure_ascii=False))
         sys.stdout.flush()
-        engine_ids = changed.get()
+        engine_ids = _next_of(changed)
+
+
+def _next_of(changed: queue.SimpleQueue[frozenset[str]]) -> frozenset[str]:
+    """The next change; raises BrokenPipeError once nobody reads what is printed, also while nothing changes."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return changed.get(timeout=0.5)
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if output.poll(0):  # POLLERR, POLLHUP or POLLNVAL, which are always looked for
+            raise BrokenPipeError
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -77,7 +77,7 @@ class Shown(TableCase):
     def test_the_fleet_is_in_the_first_line(self) -> None:
         lines = self.text(self.view(self.fleet()))
         self.assertEqual(lines[0], "3 live, 2 usable, 1 stale, 1 unavailable  pending 5000  KV 82%")
-        self.assertEqual(lines[2], "nothing is wrong")
+        self.assertEqual(lines[2], "")  # nobody has asked the gateway what was lost
 
     def test_an_engine_is_a_line_and_what_is_unknown_is_a_dash(self) -> None:
         lines = self.text(self.view(self.fleet()))
@@ -175,6 +175,25 @@ class Shown(TableCase):
         wait_until("it to be noticed", lambda: not self.known.gateways()[0].connected)
         wait_until("it to be said", lambda: self.text(view)[2].startswith(f"! {gateway.url} 127.0.0.1: "))
         self.assertIn("(not followed)", self.text(view)[1])
+
+    def test_a_fleet_without_a_live_engine_is_what_is_wrong(self) -> None:
+        """Also if every gateway is well: at three in the morning "nothing is wrong" must not stand over it."""
+        gateway = self.fleet()
+        gateway.engines = {engine_id: gateway.engines[engine_id] for engine_id in ("http://gone", "http://drains")}
+        self.assertEqual(self.text(self.view(gateway))[2], "! no engine is live")
+
+    def test_an_id_with_several_senders_is_what_is_wrong(self) -> None:
+        gateway = self.fleet()
+        gateway.engines["http://two"] = gateway.entry("http://two", 10, conflict=True)
+        self.assertEqual(self.text(self.view(gateway))[2], "! 1 ids with several senders")
+
+    def test_nothing_is_called_well_before_a_gateway_told_its_losses(self) -> None:
+        view = self.view(self.fleet())
+        with mock.patch.object(engine_table._Gauge, "_run"):
+            view._gauge = engine_table._Gauge(self.known)
+        self.assertEqual(self.text(view)[2], "")
+        view._gauge.add("http://g", time.monotonic(), {"instance": "a"})
+        self.assertEqual(self.text(view)[2], "nothing is wrong")
 
     def test_losses_of_the_last_minute_are_what_is_wrong(self) -> None:
         table = self.table(self.gateway())
@@ -413,8 +432,7 @@ class Printed(unittest.TestCase):
                 self.assertEqual(json.loads(process.stdout.readline())["engine_id"], "a")
                 running.send(datagram(engine_id="b"))
                 self.assertEqual(json.loads(process.stdout.readline())["engine_id"], "b")
-                process.stdout.close()
-                running.send(datagram(engine_id="c"))
+                process.stdout.close()  # and nothing changes any more: it does not wait for a line that it cannot write
                 self.assertEqual(process.wait(DEADLINE_S), 1)
                 self.assertEqual(process.stderr.read(), b"")
 
