@@ -2544,6 +2544,9 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit status."""
     options = _arguments(arguments)
+    if sys.stdout is None:  # a shell's >&-
+        print("engine_table.py: there is no standard output to print it to", file=sys.stderr)
+        return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     logger.setLevel(logging.CRITICAL)  # what is wrong is shown instead

@@ -442,6 +442,23 @@ class Printed(unittest.TestCase):
         self.assertIn("http://127.0.0.1:1: ", done.stderr)
         self.assertIn("refused", done.stderr)
 
+    def test_without_an_output_it_says_so(self) -> None:
+        for closed, said in ((">&-", "no standard output"), (">&- 2>&-", "")):
+            with self.subTest(closed):
+                command = f"exec {sys.executable} {PROGRAM} http://127.0.0.1:1 --once {closed}"
+                done = subprocess.run(
+                    command,
+                    shell=True,
+                    capture_output=True,
+                    text=True,
+                    env=clean_environment(),
+                    timeout=DEADLINE_S,
+                    check=False,
+                )
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertIn(said, done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
     def test_what_cannot_be_used_is_said_with_status_2(self) -> None:
         for arguments, said in (
             (["gateway:9999"], "is no gateway's URL"),
