@@ -17,7 +17,7 @@ from tests.test_tables import NEW_FIELD, NEW_LINE
 
 # What each check has: a gateway of the changed copy, and ways to send to it and to ask it.
 PRELUDE = """
-import json, os, socket, sys, urllib.request
+import json, os, socket, sys, time, urllib.request
 from config import read_config
 from state_gateway import StateGateway
 
@@ -39,9 +39,15 @@ def get(gateway, path):
         return response.read().decode()
 
 def send(gateway, **changes):
+    before = json.loads(get(gateway, "/stats"))["total_received"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.sendto(json.dumps({**state, **changes}).encode(), ("127.0.0.1", gateway.udp_port))
-    return json.loads(get(gateway, "/stats"))
+    give_up_at = time.monotonic() + 30  # an answer itself waits for 5 ms at most
+    while time.monotonic() < give_up_at:
+        stats = json.loads(get(gateway, "/stats"))
+        if stats["total_received"] > before:
+            return stats
+    raise AssertionError("the datagram was not received within 30 s")
 """
 
 
