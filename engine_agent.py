@@ -679,12 +679,15 @@ class Sender:
                     self.would_block += 1
                     continue
                 self.unreachable += 1
-                self._complaints.trouble(
-                    f"address {address}", f"cannot send to {address[0]} port {address[1]}: {_why(error)}; trying on"
-                )
+                self._cannot_send(address, error)
             else:
                 self.sent += 1
                 self._complaints.over(f"address {address}", f"sending to {address[0]} port {address[1]} works again")
+
+    def _cannot_send(self, address: Address, error: OSError) -> None:
+        self._complaints.trouble(
+            f"address {address}", f"cannot send to {address[0]} port {address[1]}: {_why(error)}; trying on"
+        )
 
     def own_address(self) -> str | None:
         """The address of this host towards the first gateway; None while there is none."""
@@ -697,8 +700,8 @@ class Sender:
                         probe.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
                     probe.connect(address)  # sends nothing
                     return str(probe.getsockname()[0]).split("%")[0]
-            except OSError:
-                continue
+            except OSError as error:
+                self._cannot_send(address, error)  # else nobody would say it: without the address nothing is sent
         return None
 
     def _socket(self, family: int) -> socket.socket:

@@ -573,6 +573,17 @@ class Sending(unittest.TestCase):
     def test_its_own_address_is_the_one_towards_the_gateway(self) -> None:
         self.assertEqual(self.sender().own_address(), "127.0.0.1")
 
+    def test_that_there_is_no_route_is_said_also_while_the_own_address_is_unknown_and_nothing_sent(self) -> None:
+        sender = self.sender(GATEWAY_HOST="10.0.0.9,10.0.0.8")
+        error = OSError(errno.ENETUNREACH, "Network is unreachable")
+        with mock.patch.object(socket.socket, "connect", side_effect=error):
+            for _ in range(9):
+                self.assertIsNone(sender.own_address())
+        self.assertEqual(
+            self.lines,
+            [f"cannot send to 10.0.0.{one} port 9999: Network is unreachable; trying on" for one in (9, 8)],
+        )
+
     def test_a_trouble_is_said_once_a_minute_with_its_count(self) -> None:
         clock = FakeClock()
         complaints = Complaints(self.lines.append, clock)
