@@ -1507,10 +1507,40 @@ def logged_states(paths: Iterable[str]) -> Iterator[LoggedState]:
 
 def _open_log(path: str) -> contextlib.AbstractContextManager[Iterable[bytes]]:
     if path == "-":
-        return contextlib.nullcontext(sys.stdin.buffer)
+        # Not sys.stdin: at its exit Python waits for whoever reads that.
+        return open(0, "rb", closefd=False)
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     return open(path, "rb")
+
+
+def read_ahead(
+    states: Iterable[LoggedState], stop: threading.Event, seconds: float, clock: Clock = time.monotonic
+) -> Iterator[LoggedState]:
+    """The same states, read in a thread of their own until `stop` is set or the time is over: a pipe that says nothing
+    holds up nobody. Raises what reading them raised."""
+    until = clock() + seconds
+    found: queue.Queue[LoggedState | Exception | None] = queue.Queue(1000)
+
+    def read() -> None:
+        try:
+            for state in states:
+                found.put(state)
+            found.put(None)
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=read, name="elrar-log", daemon=True).start()
+    while not stop.is_set() and clock() < until:
+        try:
+            state = found.get(timeout=0.1)
+        except queue.Empty:
+            continue
+        if isinstance(state, Exception):
+            raise state
+        if state is None:
+            return
+        yield state
 
 
 def _logged_state(line: bytes) -> LoggedState | None:
@@ -3758,8 +3788,7 @@ def _beside(
 
 def _simulate(settings: Settings, sender: Sender | Printer, options: _Options, stop: threading.Event) -> int:
     simulation = Simulation(settings, sender, options.simulate or 1)
-    _wait_for_addresses(sender, stop)
-    simulation.run(stop, options.seconds)
+    simulation.run(stop, _wait_for_addresses(sender, stop, options.seconds))
     say_on_stderr(json.dumps(simulation.account()))
     return 0
 
@@ -3769,17 +3798,18 @@ def _replay(
 ) -> int:
     files = log_files(paths)
     replay = Replay(settings, sender, options.speed)
-    _wait_for_addresses(sender, stop)
-    replay.run(logged_states(files), stop, options.seconds)
+    seconds = _wait_for_addresses(sender, stop, options.seconds)
+    replay.run(read_ahead(logged_states(files), stop, seconds), stop, seconds)
     say_on_stderr(f"{replay.sent} states of {len(files)} files")
     return 0
 
 
-def _wait_for_addresses(sender: Sender | Printer, stop: threading.Event, most_s: float = math.inf) -> None:
-    """Wait until at least one name was found: what is sent before is lost."""
-    until = time.monotonic() + most_s
+def _wait_for_addresses(sender: Sender | Printer, stop: threading.Event, seconds: float) -> float:
+    """Wait until at least one name was found, since what is sent before is lost; returns what is left of the time."""
+    until = time.monotonic() + seconds
     while isinstance(sender, Sender) and not sender.addresses() and not stop.is_set() and time.monotonic() < until:
         stop.wait(0.1)
+    return max(0.0, until - time.monotonic())
 
 
 if __name__ == "__main__":

@@ -91,6 +91,14 @@ class Simulated(unittest.TestCase):
         self.assertEqual(len({state["engine_id"] for state in states}), 3)
         self.assertEqual(len(states), sum(json.loads(done.stderr.split(": ", 1)[1])["datagrams"].values()))
 
+    def test_a_gateway_whose_name_is_not_found_does_not_hold_up_the_end_of_its_time(self) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as log:
+            log.write(line(1.0))
+            log.flush()
+            for mode in (["--simulate", "2"], ["--replay", log.name]):
+                done = run(*mode, "--seconds", "0.5", "--gateway", "no-such-gateway.invalid")
+                self.assertEqual(done.returncode, 0, done.stderr)
+
     def test_sigterm_ends_it_with_a_farewell_for_all_and_exit_0(self) -> None:
         command = [sys.executable, "-I", str(AGENT), "--simulate", "4", "--print"]
         with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
@@ -165,6 +173,25 @@ class Replayed(unittest.TestCase):
     def test_it_ends_when_the_time_is_over(self) -> None:
         states = [LoggedState(float(at), fields()) for at in range(100)]
         self.assertEqual(len(self.replay(states, 1.0, 4.5).take()), 5)
+
+    def test_a_pipe_that_says_nothing_holds_up_neither_the_time_that_was_set_nor_ctrl_c(self) -> None:
+        for more, signals in ((["--seconds", "1"], []), ([], [signal.SIGINT]), ([], [signal.SIGTERM])):
+            command = [sys.executable, "-I", str(AGENT), "--replay", "-", "--print", *more]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            with child(command, **pipes) as agent:
+                assert agent.stdin is not None and agent.stdout is not None and agent.stderr is not None
+                agent.stdin.write(line(1.0).encode())
+                agent.stdin.flush()
+                self.assertTrue(agent.stdout.readline())
+                for number in signals:
+                    agent.send_signal(number)
+                self.assertEqual(agent.wait(30), 0)
+                self.assertEqual(agent.stderr.read(), b"engine_agent: 1 states of 1 files\n")
+
+    def test_what_goes_wrong_while_it_is_read_is_said(self) -> None:
+        done = run("--replay", str(self.log.parent), "--print")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("Is a directory", done.stderr)
 
     def test_boots_become_new_ones_and_seq_counts_anew(self) -> None:
         def state(boot: str, seq: int) -> LoggedState:
