@@ -999,7 +999,7 @@ class _Name:
         self.ssl_context = context or (ssl.create_default_context() if url.secure else None)  # type: ignore[assignment]
         self.problem = ""
         self._table = table
-        self._lock = threading.Lock()  # guards the next two; nothing slow happens under it
+        self._lock = threading.RLock()  # guards the next two; nothing slow happens under it
         self._followers: list[_Follower] = []
         self._addresses: list[str] = []
         self._group = 0  # which family of addresses is tried
@@ -1136,6 +1136,9 @@ class _Name:
                 self.problem = ""
             except OSError as error:
                 self._could_not_look(error)
+            except RuntimeError as error:  # no thread can be started now
+                self.problem = f"it cannot be followed: {error}"
+                self.say(f"{self.problem}; tried again and again")
             if self._look.wait(LOOKUP_S):
                 self._stop.wait(FIRST_RETRY_S)  # for others that break at the same time
 
@@ -1174,7 +1177,7 @@ class _Subscription:
     def __init__(self, wake: Callable[[], None], callback: Callable[[frozenset[str]], object] | None = None) -> None:
         self._wake = wake
         self._callback = callback
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ids: set[str] = set()
 
     def add(self, engine_ids: Any) -> None:
@@ -1200,7 +1203,7 @@ class _Changes:
     """Who waits for changes, or is to be told of them; its condition guards them."""
 
     def __init__(self) -> None:
-        self.condition = threading.Condition(threading.Lock())
+        self.condition = threading.Condition(threading.RLock())
         self.version = 0  # of the table
         self.subscriptions: list[_Subscription] = []
         self.is_to_be_told = threading.Event()  # wakes the thread that calls the callbacks
@@ -1319,8 +1322,9 @@ class EngineTable:
 
     def _make_locks(self) -> None:
         # Guards what is known of engines and gateways; nothing slow happens under it. A look at one engine needs none:
-        # it is a single look-up in a dictionary, and entries do not change.
-        self._lock = threading.Lock()
+        # it is a single look-up in a dictionary, and entries do not change. A thread may take any lock of this file
+        # again: a signal's handler asks in the middle of a question of its own thread.
+        self._lock = threading.RLock()
         self._changes = _Changes()
 
     def _start_threads(self) -> None:

@@ -892,6 +892,31 @@ class Choosing(TableCase):
         self.assertEqual(fleet["scheduling_modes"], {"latency_optimized": 4})
 
 
+class Signals(TableCase):
+    """A signal's handler may ask whatever it likes, in the middle of whatever its thread does."""
+
+    def test_a_thread_that_holds_every_lock_asks_and_closes(self) -> None:
+        gateway, done = self.gateway("a"), threading.Event()
+
+        def interrupted() -> None:
+            table = EngineTable(gateway.url, clock=self.clock)  # here, so that nobody else waits for its locks
+            self.assertTrue(table.wait_until_known(DEADLINE_S))
+            name, changes = table._names[0], table._changes
+            table.on_change(lambda _: None)
+            with table._lock, changes.condition, changes.subscriptions[0]._lock, name._lock:
+                self.assertEqual(len(table.live()), table.fleet()["live"])
+                table.choose()
+                table.wait(0)
+                table.gateways()
+                table.retry_now()
+                table.on_change(lambda _: None)()
+                table.close()
+            done.set()
+
+        threading.Thread(target=interrupted, daemon=True).start()
+        self.assertTrue(done.wait(DEADLINE_S), "the thread failed, or waits for itself")
+
+
 class Changes(TableCase):
     """Who wants to know of changes is told of all of them, and holds up nobody."""
 
@@ -1153,6 +1178,26 @@ class Asking(TableCase):
         with EngineTable(gateway.url, clock=self.clock, **how) as table:
             self.assertTrue(table.wait_until_known(DEADLINE_S), table.gateways())
             return self.ids(table.entries())
+
+    def test_a_thread_that_cannot_be_started_now_is_started_later(self) -> None:
+        real_start, ours = threading.Thread.start, threading.current_thread
+        refused: list[threading.Thread] = []
+
+        def start(thread: threading.Thread) -> None:
+            """The name's own thread is started by the constructor; its follower's is refused once."""
+            if not refused and thread.name.startswith("engine-table 127.") and ours().name == thread.name:
+                refused.append(thread)
+                raise RuntimeError("can't start new thread")
+            real_start(thread)
+
+        logging.getLogger("engine_table").disabled = False
+        with (
+            mock.patch.object(threading.Thread, "start", start),
+            mock.patch("engine_table.LOOKUP_S", 0.01),
+            self.assertLogs("engine_table", "WARNING") as caught,
+        ):
+            self.assertEqual(self.known(self.gateway("a")), {"a"})
+        self.assertIn("it cannot be followed: can't start new thread", caught.output[0])
 
     def test_a_token_is_asked_for_at_each_connection(self) -> None:
         gateway = self.gateway("a")
