@@ -642,7 +642,7 @@ class _Url:
         if port == 0:
             raise ValueError(f"{text!r}: port 0 is none to connect to")
         self.secure = parts.scheme == "https"
-        self.host = parts.hostname
+        self.host = parts.hostname.replace("%25", "%", 1)  # as a URL writes the zone of fe80::1%eth0 (RFC 6874)
         self.port = port or (443 if self.secure else 80)
         self.path = parts.path.rstrip("/")
         host = f"[{self.host}]" if ":" in self.host else self.host

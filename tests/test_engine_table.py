@@ -1139,6 +1139,12 @@ class Trouble(TableCase):
         text = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nid"
         self.assert_survived(self.answers(text), "broke off")
 
+    def test_a_zone_is_written_as_in_a_url_or_as_it_is(self) -> None:
+        """`fe80::1%25eth0` is what curl takes, `fe80::1%eth0` what everybody types."""
+        for host in ("[fe80::1%25eth0]", "[fe80::1%eth0]"):
+            url = engine_table._Url(f"http://{host}:9999/gateway/")
+            self.assertEqual((url.addresses(), url.port), ([["fe80::1%eth0"]], 9999))
+
     def test_a_wrong_url_raises_at_once(self) -> None:
         for wrong in (
             "", "gateway:9999", "ftp://gateway", "http://", "http:///x", "http://gateway:99999", "http://gateway:0",
