@@ -27,6 +27,7 @@ import re
 import select
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -316,6 +317,9 @@ class StandardStream:
 
     def open(self, lock_timeout_s: float) -> None:
         """See LogTarget; there is no lock."""
+        if {1: sys.__stdout__, 2: sys.__stderr__}.get(self._number, sys) is None:
+            # The number is /dev/null's by now, or something else's, and all that is written would be lost uncounted.
+            raise OSError(errno.EBADF, "it was closed when this process was started", self.name)
         self._fd = os.dup(self._number)
         if os.isatty(self._fd):
             with contextlib.suppress(OSError):

@@ -392,6 +392,16 @@ class StandardStreams(ProcessCase):
     def test_all_closed(self) -> None:
         self.run_with("<&- >&- 2>&-")
 
+    def test_a_log_on_an_output_that_is_closed_is_none(self) -> None:
+        """Its number is /dev/null's then, and every line would count as written."""
+        for redirection, target in ((">&-", "-"), (">&-", "/dev/fd/1"), ("2>&-", "/dev/stderr")):
+            with self.subTest(redirection):
+                command = ("bash", "-c", f'exec "$@" {redirection}', "bash", *gateway_command())
+                running = self.start(command, UDP_PORT=0, LOG_FILE=target)
+                self.assertEqual(running.wait_exit(), 1)
+                if redirection == ">&-":
+                    self.assertIn("it was closed when this process was started", "".join(running.lines))
+
     def test_stderr_full(self) -> None:
         self.run_with("2>/dev/full")
 
