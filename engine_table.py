@@ -37,6 +37,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import functools
 import http.client
 import io
 import ipaddress
@@ -2533,16 +2534,22 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.token = options.context = None
     try:
         if options.token_file:
-            with open(options.token_file, encoding="ascii") as file:
-                lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-            if not lines:
+            token = _token_in(options.token_file)
+            if not token:
                 parser.error(f"--token-file {options.token_file}: it has no token")
-            options.token = lines[0]
+            _check_token(token)
+            options.token = functools.partial(_token_in, options.token_file)  # it may be replaced meanwhile
         if options.ca_file:
             options.context = ssl.create_default_context(cafile=options.ca_file)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"{error}")
     return options
+
+
+def _token_in(path: str) -> str:
+    """The first token of a file; raises OSError or UnicodeError."""
+    with open(path, encoding="ascii") as file:
+        return next((line.strip() for line in file if line.strip() and not line.startswith("#")), "")
 
 
 def main(arguments: list[str] | None = None) -> int:

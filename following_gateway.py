@@ -6,6 +6,7 @@ that gateway is gone, one of those that followed it takes its place, with what i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from config import PREFIX, Config
+from config import PREFIX, Config, ConfigError
 from engine_state import FIELD_NAMES, EngineState
 from engine_table import EngineTable, Entry
 from reader_access import load_tokens
@@ -72,19 +73,50 @@ class _OtherGateway:
         self.host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
         self.port = config.udp_port if config.http_follows_udp else config.http_port or 0
         self.url = f"http://{format_address(self.host, self.port)}"
-        tokens = load_tokens(config.http_tokens_file, warn=False)
-        self.token = tokens[0].decode() if tokens else None
+        self._tokens_file = config.http_tokens_file
+        self._tokens = self._first_token()
+        self._turn = 0
+
+    def _first_token(self) -> tuple[str, ...]:
+        tokens = load_tokens(self._tokens_file, warn=False)
+        return (tokens[0].decode(),) if tokens else ("",)
+
+    def tokens(self) -> tuple[str, ...]:
+        """The first token of the file as it is now, then the one before: the other gateway reads it at SIGHUP only."""
+        with contextlib.suppress(ConfigError):
+            newest = self._first_token()
+            if newest[0] != self._tokens[0]:
+                self._tokens = newest + self._tokens[:1]
+        return self._tokens
+
+    def next_token(self) -> str:
+        """The token for the next attempt to follow it: each of them in turn."""
+        tokens = self.tokens()
+        self._turn += 1
+        return tokens[self._turn % len(tokens)]
 
     def ask(self, path: str, timeout_s: float) -> Any:
-        """A JSON document of it; raises OSError or ValueError. All of it takes `timeout_s` at most.
+        """A JSON document of it; raises OSError or ValueError. All of it takes `timeout_s` at most."""
+        deadline = time.monotonic() + timeout_s
+        for token in self.tokens():
+            head, body = self._exchange(path, token, deadline)
+            if re.match(rb"HTTP/1\.[01] 200 ", head):
+                self._tokens = (token,)
+                return json.loads(body)
+            if not re.match(rb"HTTP/1\.[01] 401 ", head):
+                break
+        raise ValueError(repr(head[:200]))
+
+    def _exchange(self, path: str, token: str, deadline: float) -> tuple[bytes, bytes]:
+        """The head and the body of its answer.
 
         Not http.client, whose timeout is for each read: whoever has the port may send a byte at a time.
         """
-        deadline = time.monotonic() + timeout_s
         lines = [f"GET {path} HTTP/1.1", f"Host: {format_address(self.host, self.port)}", "Connection: close"]
-        if self.token:
-            lines.append(f"Authorization: Bearer {self.token}")
+        if token:
+            lines.append(f"Authorization: Bearer {token}")
         received = bytearray()
+        timeout_s = max(0.001, deadline - time.monotonic())
         with socket.create_connection((self.host, self.port), timeout_s) as sock:
             sock.sendall("\r\n".join([*lines, "", ""]).encode())
             while True:
@@ -94,11 +126,9 @@ class _OtherGateway:
                     break
                 received += piece
                 if len(received) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole answer within {timeout_s:g} s and {MAX_ANSWER_BYTES} bytes")
+                    raise TimeoutError(f"no whole answer within {timeout_s:.3g} s and {MAX_ANSWER_BYTES} bytes")
         head, _, body = bytes(received).partition(b"\r\n\r\n")
-        if not re.match(rb"HTTP/1\.[01] 200 ", head):
-            raise ValueError(repr(head[:200]))
-        return json.loads(body)
+        return head, body
 
     def has_gone(self) -> bool:
         """Whether nobody listens there."""
@@ -130,7 +160,7 @@ class FollowingGateway:
         self._clock = clock
         self._pid = os.getpid()
         self._table: EngineTable | None = EngineTable(
-            other.url, token=other.token, expire_after_ms=config.expire_after_ms, clock=clock
+            other.url, token=other.next_token, expire_after_ms=config.expire_after_ms, clock=clock
         )
         self._own: StateGateway | None = None  # set once
         self._own_since = 0.0

@@ -13,10 +13,13 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
+import threading
 import time
 import unittest
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -436,6 +439,27 @@ class Printed(unittest.TestCase):
                 self.assertEqual(process.wait(DEADLINE_S), 1)
                 self.assertEqual(process.stderr.read(), b"")
 
+    def test_a_token_that_is_replaced_is_read_again(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "token")
+            path.write_text("0123456789abcdef\n")
+            with daemon(BIND_ADDRESS="127.0.0.1", STALE_THRESHOLD=60_000, HTTP_TOKENS_FILE=path) as running:
+                command = [sys.executable, PROGRAM, "--json", "--token-file", str(path)]
+                command += ["--timeout", str(DEADLINE_S), f"http://127.0.0.1:{running.http_port}"]
+                running.send(datagram(engine_id="a"))
+                with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as process:
+                    late = threading.Timer(2 * DEADLINE_S, process.kill)  # so that its output ends
+                    late.start()
+                    self.addCleanup(late.cancel)
+                    assert process.stdout is not None
+                    self.assertEqual(json.loads(process.stdout.readline())["engine_id"], "a")
+                    path.write_text("another-token-0123\n")
+                    running.signal(signal.SIGHUP)  # its stream ends
+                    running.send(datagram(engine_id="b"))
+                    while json.loads(process.stdout.readline())["engine_id"] != "b":
+                        pass
+                    process.kill()
+
     def test_where_nobody_is_it_says_so(self) -> None:
         done = self.run_program("http://127.0.0.1:1", "--once", "--timeout", "0.5")
         self.assertEqual((done.returncode, done.stdout), (1, ""))
@@ -465,6 +489,7 @@ class Printed(unittest.TestCase):
             ([], "required: url"),
             (["http://g", "--token-file", "/nowhere"], "/nowhere"),
             (["http://g", "--token-file", "/dev/null"], "no token"),
+            (["http://g", "--token-file", "/etc/fstab-that-is-not-there"], "No such file"),
             (["http://g", "--ca-file", "/nowhere"], "No such file"),
             (["http://g", "--sort", "nothing"], "invalid choice"),
             (["http://g", "--interval", "0"], "--interval"),

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -216,6 +217,33 @@ class InOneProcess(unittest.TestCase):
                 gateway = self.get(HTTP_TOKENS_FILE=file.name)
                 wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
                 self.assertEqual(gateway.get_stats()["total_received"], 1)
+
+    def test_it_goes_on_with_the_tokens_that_replace_its_own(self) -> None:
+        """The daemon reads them at SIGHUP and ends streams of old ones; a worker has no signal, and looks itself."""
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write("0123456789abcdef\n")
+            file.flush()
+            with daemon(**self.settings, HTTP_TOKENS_FILE=file.name) as running:
+                running.send(datagram(engine_id="a"))
+                gateway = self.get(HTTP_TOKENS_FILE=file.name)
+                assert isinstance(gateway, FollowingGateway)
+                wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
+                file.seek(0)
+                file.write("another-token-0123\n")
+                file.flush()
+                # The new one is tried, and then the one before.
+                wait_until("an answer with the old one", lambda: gateway.get_stats()["http"]["unauthorized"] > 0)
+                running.signal(signal.SIGHUP)
+
+                def knows_b() -> bool:
+                    running.send(datagram(engine_id="b"))
+                    return "b" in gateway.get_engine_states_dict()
+
+                wait_until("it to be followed with the new one", knows_b)
+                wait_until(
+                    "the old one to be forgotten",
+                    lambda: gateway.get_stats() and gateway._other.tokens() == ("another-token-0123",),
+                )
 
 
 class Worker:
