@@ -82,18 +82,22 @@ class _OtherGateway:
         return (tokens[0].decode(),) if tokens else ("",)
 
     def tokens(self) -> tuple[str, ...]:
-        """The first token of the file as it is now, then the one before: the other gateway reads it at SIGHUP only."""
+        """The one that was right last, and the first of the file as it is now if that is another.
+
+        In this order: the other gateway reads the file again at SIGHUP, or never, and holds back who is often wrong.
+        """
         with contextlib.suppress(ConfigError):
-            newest = self._first_token()
-            if newest[0] != self._tokens[0]:
-                self._tokens = newest + self._tokens[:1]
+            (newest,) = self._first_token()
+            right = self._tokens[0]
+            self._tokens = (right,) if newest == right else (right, newest)
         return self._tokens
 
     def next_token(self) -> str:
         """The token for the next attempt to follow it: each of them in turn."""
         tokens = self.tokens()
+        token = tokens[self._turn % len(tokens)]
         self._turn += 1
-        return tokens[self._turn % len(tokens)]
+        return token
 
     def ask(self, path: str, timeout_s: float) -> Any:
         """A JSON document of it; raises OSError or ValueError. All of it takes `timeout_s` at most."""

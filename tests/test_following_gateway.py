@@ -231,8 +231,8 @@ class InOneProcess(unittest.TestCase):
                 file.seek(0)
                 file.write("another-token-0123\n")
                 file.flush()
-                # The new one is tried, and then the one before.
-                wait_until("an answer with the old one", lambda: gateway.get_stats()["http"]["unauthorized"] > 0)
+                self.assertEqual(gateway._other.tokens(), ("0123456789abcdef", "another-token-0123"))
+                self.assertEqual(gateway.get_stats()["http"]["unauthorized"], 0)  # no guess, while the old one is right
                 running.signal(signal.SIGHUP)
 
                 def knows_b() -> bool:
