@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bound_ports import BoundPorts
-from component_thread import Component, ThreadGroup, memory_reserve
+from component_thread import STOP_S, Component, ThreadGroup, memory_reserve
 from config import MODES, Config, ConfigError
 from engine_state import EngineState
 from fleet_events import GATEWAY_STARTED, PAUSED, FleetEvents
@@ -267,7 +267,26 @@ class StateGateway:
         return self.config.log_file if self._log is None else self._log.path
 
     def shutdown(self) -> None:
-        """Stop: intake first, then the log once it has everything, then the answers. Within 5 s; twice is harmless."""
+        """Stop: intake first, then the log once it has everything, then the answers. Within 5 s; twice is harmless.
+
+        Of an embedded one also from a signal's handler, which may have interrupted a question, or another shutdown, of
+        its own thread.
+        """
+        in_handler = self.embedded and threading.current_thread() is threading.main_thread()  # or it may be in one
+        if in_handler and not self._threads.is_inherited:
+            stopping = threading.Thread(
+                target=self._stop, name="gateway-shutdown", daemon=True
+            )  # waits for locks there
+            try:
+                stopping.start()
+            except (RuntimeError, MemoryError):  # at the interpreter's end there are no new threads
+                self._stop()
+            else:
+                stopping.join(STOP_S + 1.0)
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
         self._threads.stop(self._begin_shutdown, self._end)
 
     def _begin_shutdown(self) -> None:

@@ -316,6 +316,39 @@ os.waitpid(child, 0)
 """
 
 
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import state_gateway
+from gateway import get_state_gateway
+gateway = get_state_gateway()
+signal.signal(signal.SIGTERM, lambda *_: gateway.shutdown())
+state_gateway.STOP_S = -0.9  # it is not to be waited for here
+with gateway._store._lock, gateway._threads._stop_lock:  # as in the middle of a question, and of another shutdown
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("goes on", flush=True)
+state_gateway.STOP_S = 30.0
+os.kill(os.getpid(), signal.SIGTERM)
+print(gateway.has_ended, set(gateway.threads().values()))
+"""
+
+
+class InASignalsHandler(GatewayCase):
+    """A handler may shut the gateway down, whatever its thread was doing with it."""
+
+    def test_an_interrupted_question_and_an_interrupted_shutdown(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED, str(TOP)],
+            env=clean_environment(**{**LOOPBACK, "LOG_FILE": self.log_file, "UDP_PORT": 0}),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        self.assertEqual((done.returncode, done.stdout), (0, "goes on\nTrue {False}\n"), done.stderr)
+        self.assertEqual(read_log(self.log_file)[-1]["event"], "gateway_stopped")
+
+
 class SecondProcess(GatewayCase):
     """A forked worker of the same router is told that the port is taken; the first goes on, and its log is whole."""
 
