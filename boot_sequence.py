@@ -142,8 +142,16 @@ class BootSequence:
         """Whether it is the current boot, or one that is remembered."""
         return boot == self.boot or any(life.boot == boot for life in self._earlier)
 
+    def follow(self, before: BootSequence) -> None:
+        """Know the boots of what the engine was before its farewell as earlier ones."""
+        before._note()
+        self._earlier = [life for life in (*before._earlier, before._life()) if life.boot != self.boot][-EARLIER_BOOTS:]
+
+    def _life(self) -> _Life:
+        return _Life(self.boot, self.highest, self._taken, self._first, self._load_seq)
+
     def _remember(self) -> None:
-        self._earlier.append(_Life(self.boot, self.highest, self._taken, self._first, self._load_seq))
+        self._earlier.append(self._life())
         del self._earlier[:-EARLIER_BOOTS]
 
     def _restore(self, life: _Life) -> None:

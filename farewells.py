@@ -60,9 +60,12 @@ class Farewells:
         farewell.sequence.place(boot, seq, now, now)
         return farewell.sequence.uncounted_losses()
 
-    def forget(self, quoted_id: bytes) -> None:
-        """The engine speaks again."""
-        self._farewells.pop(quoted_id, None)
+    def forget(self, quoted_id: bytes, now: float) -> BootSequence | None:
+        """The engine speaks again; returns the numbers of what it was before, if they still count."""
+        farewell = self._farewells.pop(quoted_id, None)
+        if farewell is None or self._freshness.is_expired(age_ms(now, farewell.at)):
+            return None
+        return farewell.sequence
 
     def expire(self, now: float) -> None:
         """Forget those that are older than EXPIRE_AFTER."""

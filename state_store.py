@@ -413,8 +413,10 @@ class StateStore:
             return FAREWELL
         if not self._room.for_one_more(len(self._engines)):
             return REJECTED_CAPACITY
-        self._farewells.forget(quoted_id)
+        before = self._farewells.forget(quoted_id, now)
         engine = self._engines[quoted_id] = KnownEngine(texts, shown)
+        if before is not None and engine.sequence is not None:
+            engine.sequence.follow(before)  # what is still under way of that life is late, its other farewells too
         self._life_log.appeared.record("%r", engine.engine_id)
         self._hear(engine, now, now)
         self._show(engine, engine.visible)

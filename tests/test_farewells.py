@@ -48,8 +48,14 @@ class Late(unittest.TestCase):
         self.assertEqual(len(self.farewells), 3)
         self.assertFalse(self.overtook(b"1", timestamp_ms=10_000, now=105.0))
         self.assertTrue(self.overtook(b"2", timestamp_ms=10_000, now=105.0))
-        self.farewells.forget(b"2")
+        self.assertIsNone(self.farewells.forget(b"2", 105.0))
         self.assertFalse(self.overtook(b"2", timestamp_ms=10_000, now=105.0))
+
+    def test_who_speaks_again_has_the_numbers_of_its_life_before_until_the_expiry(self) -> None:
+        sequence = BootSequence(b'"x"', 5, 100.0)
+        for now, known in ((106.0, sequence), (106.01, None)):
+            self.farewells.remember(b'"a"', 100.0, sequence, 1000)
+            self.assertIs(self.farewells.forget(b'"a"', now), known)
 
     def test_its_repetitions_are_counted_as_any_numbers(self) -> None:
         self.farewells.remember(b'"a"', 100.0, BootSequence(b'"x"', 5, 100.0), 1000)

@@ -431,6 +431,32 @@ class Farewell(NumberedCase):
         self.assertEqual((heard, [row[0] for row in removed]), ([], ["test"]))
         self.assertEqual(removed[0][2][4][0], b'"gone"')
 
+    def test_what_is_late_of_a_life_changes_nothing_of_the_next(self) -> None:
+        """An engine says farewell three times; its successor may be heard before the last of them."""
+        self.send(boot="old", seq=1)
+        self.farewell(boot="old", seq=4)
+        self.assertEqual(self.send(boot="new", seq=0, pending_tokens_total=7), "accepted")
+        for seq in (5, 6, 3):
+            self.assertEqual(self.farewell(boot="old", seq=seq), "out_of_order")
+        for seq in (2, 9):
+            self.assertEqual(self.send(boot="old", seq=seq, pending_tokens_total=1), "out_of_order")
+        view = self.store.view("test")
+        assert view is not None
+        self.assertEqual((view.state.pending_tokens_total, view.restarts, self.count("farewells")), (7, 0, 1))
+        self.clock.move(2.1)  # the successor is silent: the earlier one is heard again
+        self.assertEqual(self.send(boot="old", seq=7), "accepted")
+
+    def test_boots_before_a_farewell_are_late_too(self) -> None:
+        for boot in ("first", "second"):
+            self.send(boot=boot, seq=1)
+        self.farewell(boot="second", seq=2)
+        self.send(boot="third", seq=0)
+        for boot in ("first", "second"):
+            self.assertEqual(self.farewell(boot=boot, seq=9), "out_of_order")
+        self.farewell(boot="third", seq=1)
+        self.assertEqual(self.send(boot="third", seq=2), "accepted")  # the same life, once more
+        self.assertEqual(self.farewell(boot="second", seq=10), "out_of_order")
+
     def test_a_late_datagram_of_its_boot_revives_nothing_until_the_expiry(self) -> None:
         self.send(seq=1)
         self.farewell(seq=5)
