@@ -8,9 +8,13 @@ rejected, and the answers about them still find the memory that they take.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Callable
+
+try:
+    import ctypes
+except ImportError:  # a Python that was built without it
+    ctypes = None  # type: ignore[assignment]
 
 try:
     import resource
@@ -37,22 +41,24 @@ def share_one_arena() -> None:
     one, of which the table would have nothing. To be called before there are threads.
     """
     if limit_bytes() is not None:
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc, or no ctypes
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
-class _MallocInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
+if ctypes is not None:
 
-    _fields_ = tuple((name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-    ))  # fmt: skip
+    class _MallocInfo(ctypes.Structure):
+        """glibc's `struct mallinfo2`."""
+
+        _fields_ = tuple((name, ctypes.c_size_t) for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        ))  # fmt: skip
 
 
 def _find_mallinfo() -> Callable[[], _MallocInfo] | None:
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
-    except (OSError, AttributeError, TypeError):  # no glibc, or one before 2.33
+    except (OSError, AttributeError, TypeError):  # no glibc, or one before 2.33, or no ctypes
         return None
     mallinfo.restype = _MallocInfo
     return mallinfo

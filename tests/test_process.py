@@ -307,6 +307,29 @@ class Limits(ProcessCase):
         self.assertRegex("".join(running.lines), "rejected datagrams of new engines.*ulimit -v")
 
 
+class WithoutCtypes(ProcessCase):
+    """A Python that was built without ctypes runs the gateway too, with a limit of memory or without."""
+
+    def test_states_are_taken_and_logged(self) -> None:
+        program = (
+            "import resource, sys\n"
+            "if len(sys.argv) > 2: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+            "sys.modules['ctypes'] = None\n"
+            "sys.path.insert(0, sys.argv[1])\n"
+            "import gateway, udp_receiver\n"
+            "assert udp_receiver.ctypes is None\n"
+            "sys.exit(gateway.main([]))\n"
+        )
+        for limited in ((), ("limited",)):
+            with self.subTest(limited):
+                running = self.start((sys.executable, "-c", program, str(TOP), *limited)).wait_ready()
+                running.send(*(datagram(engine_id=f"e{number}") for number in range(300)))
+                self.assertEqual(running.wait_received(300)["total_engines"], 300)
+                self.assertEqual(running.stop(), 0)
+                self.assertEqual(len(logged_states(self.log)), 300)
+                self.log.unlink()
+
+
 class Signals(ProcessCase):
     """SIGHUP opens the log anew; nothing else that may happen to a daemon kills it."""
 
