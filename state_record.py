@@ -19,7 +19,8 @@ from engine_state import FIELD_NAMES, FIELDS, EngineState
 
 Record = bytes
 
-# A record of the texts of the fields from timestamp_ms on, as a tuple, and behind them what encode_receipt gives.
+RECORDED = slice(1, len(FIELDS))  # of a datagram's texts, what is in a record; a slice made each time costs 10 ns more
+# A record of these texts, as a tuple, and behind them what encode_receipt gives.
 encode_record: Callable[[Sequence[bytes]], Record] = b"\n".join
 LINE_END = ord("\n")  # which follows timestamp_ms in a record
 

@@ -61,6 +61,7 @@ from state_record import (
     JOINED,
     LINE_END,
     OVERHEAD,
+    RECORDED,
     History,
     Record,
     decode_state,
@@ -286,13 +287,13 @@ class StateStore:
         live_since = self.freshness.live_since(now)
         history_limit = self._history
         outcomes, grown = [], 0
-        mark, mark_text, line_end, last, further = HEARTBEAT_MARK, MARK_TEXT, LINE_END, BOOT, EXTRA
+        mark, mark_text, line_end, recorded, further = HEARTBEAT_MARK, MARK_TEXT, LINE_END, RECORDED, EXTRA
         with self._lock:
             engines, touched = self._engines, self._feed.touched
             crowded = self._history_bytes > self._room.max_history_bytes
             for texts, source in zip(batch.states, batch.sources, strict=True):
                 quoted_id, stamp = texts[0], texts[1]
-                record = encode_record(texts[1:last] + receipt)
+                record = encode_record(texts[recorded] + receipt)
                 heartbeat = texts[mark] == mark_text and is_heartbeat(texts)
                 engine = engines.get(quoted_id)
                 about = None
@@ -345,7 +346,7 @@ class StateStore:
         if engine is None:
             return OUT_OF_ORDER
         if engine.sequence is not None and engine.sequence.knows(texts[BOOT]):
-            record = encode_record(texts[1:BOOT] + receipt)
+            record = encode_record(texts[RECORDED] + receipt)
             return self._apply_one(engine, texts, (record, is_heartbeat(texts), now, source, NOTHING))
         self._hear(engine, engine.heard_at, now)
         return OUT_OF_ORDER

@@ -260,31 +260,35 @@ class UdpListener:
 
     def _take(self, datagrams: list[bytes], addresses: Sequence[bytes]) -> None:
         batch = Batch(self.last_progress_at, self._wall_clock())
-        known = self._sources
-        sources = [known[address] for address in addresses]
+        sources = list(map(self._sources.__getitem__, addresses))
         if _REFUSED in sources:
             datagrams, sources = self._without_refused(batch, datagrams, addresses)
         signed = self._signed
         if signed is not None:
             datagrams, sources = signed.verify(batch, datagrams, sources)
         matched = match_all_canonical(datagrams)
-        if None in matched:
-            batch.states, texts, batch.sources = self._parse(batch, matched, datagrams, sources)
-        else:
+        if all(matched):
             batch.states, texts, batch.sources = cast("list[DatagramTexts]", matched), datagrams, sources
+        else:
+            batch.states, texts, batch.sources = self._parse(batch, matched, datagrams, sources)
         if signed is not None:
             texts = signed.admit(batch, texts)
         outcomes = self._store.apply(batch)
+        all_accepted = outcomes.count(ACCEPTED) == len(outcomes)
         if self._log is not None:
             logged_sources = batch.sources
-            if outcomes.count(ACCEPTED) < len(outcomes):
+            if not all_accepted:
                 kept = [outcome not in UNLOGGED for outcome in outcomes]
                 texts, logged_sources = list(compress(texts, kept)), list(compress(batch.sources, kept))
             if batch.late:
                 texts = [*texts, *(text for _, _, text in batch.late)]
                 logged_sources = [*logged_sources, *(source for _, source, _ in batch.late)]
             self._log.append(batch.received_s, texts, logged_sources)
-        self._note(batch, outcomes)
+        if not all_accepted and REJECTED_CAPACITY in outcomes:
+            self._note_rejected_capacity(batch, outcomes)
+        if logger.isEnabledFor(logging.DEBUG):
+            for number, outcome in enumerate(outcomes):
+                logger.debug("datagram %s %s", outcome, _who(batch, number))
 
     def _without_refused(
         self, batch: Batch, datagrams: list[bytes], addresses: Sequence[bytes]
@@ -336,17 +340,13 @@ class UdpListener:
             valid_sources.append(source)
         return states, texts, valid_sources
 
-    def _note(self, batch: Batch, outcomes: list[str]) -> None:
-        if REJECTED_CAPACITY in outcomes:
-            if self._signed is not None:
-                self._signed.take_back(batch, outcomes)
-            for (quoted_id, *_), source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
-                if outcome is REJECTED_CAPACITY:
-                    self._notices.capacity.record("engine_id=%r source=%s", quoted_id, source)
-                    self._notices.samples.keep(REJECTED_CAPACITY, batch.received_s, source, "engine_id=%r", quoted_id)
-        if logger.isEnabledFor(logging.DEBUG):
-            for number, outcome in enumerate(outcomes):
-                logger.debug("datagram %s %s", outcome, _who(batch, number))
+    def _note_rejected_capacity(self, batch: Batch, outcomes: list[str]) -> None:
+        if self._signed is not None:
+            self._signed.take_back(batch, outcomes)
+        for (quoted_id, *_), source, outcome in zip(batch.states, batch.sources, outcomes, strict=True):
+            if outcome is REJECTED_CAPACITY:
+                self._notices.capacity.record("engine_id=%r source=%s", quoted_id, source)
+                self._notices.samples.keep(REJECTED_CAPACITY, batch.received_s, source, "engine_id=%r", quoted_id)
 
     def flush_notices(self) -> None:
         """Write the lines of the log that are due; for the listener's thread."""
