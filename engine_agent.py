@@ -1725,7 +1725,7 @@ class EngineClient:
 
     def _connect(self, until: float) -> None:
         refused = None
-        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM):
+        for family, kind, protocol, _, address in _look_up(self._host, self._port, until):
             found = socket.socket(family, kind, protocol)
             try:
                 found.settimeout(_left(until))
@@ -1827,6 +1827,28 @@ def _left(until: float) -> float:
     if left <= 0.0:
         raise TimeoutError
     return left
+
+
+def _look_up(host: str, port: int, until: float) -> list[Any]:
+    """What `socket.getaddrinfo` finds; raises OSError, or NoAnswer when the time is over: that may take it a minute."""
+    with contextlib.suppress(OSError):  # an address asks nobody
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=look_up, name="elrar-name", daemon=True).start()
+    try:
+        answer = found.get(timeout=_left(until))
+    except queue.Empty:
+        raise NoAnswer(f"its name {host!r} cannot be looked up in time") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return list(answer)
 
 
 def _is_loopback(host: str) -> bool:

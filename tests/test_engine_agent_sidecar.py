@@ -891,6 +891,22 @@ class AskingOverHttp(unittest.TestCase):
             EngineClient("http://engine.invalid").get("/")
         self.assertNotIsInstance(caught.exception, RefusedConnection)
 
+    def test_a_name_server_that_does_not_answer_is_not_waited_for_longer_than_an_engine(self) -> None:
+        ended = threading.Event()
+        self.addCleanup(ended.set)
+
+        def silent(*_: object, flags: int = 0, **__: object) -> list[Any]:
+            if not flags:
+                ended.wait(30)
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+        with (
+            mock.patch.object(socket, "getaddrinfo", silent),
+            mock.patch.object(EngineClient, "TIMEOUT_S", 0.1),
+            self.assertRaisesRegex(NoAnswer, "its name 'engine.invalid' cannot be looked up in time"),
+        ):
+            EngineClient("http://engine.invalid").get("/")
+
     @unittest.skipUnless(shutil.which("openssl"), "no openssl to make a certificate with")
     def test_tls(self) -> None:
         def serve(connection: socket.socket) -> None:
