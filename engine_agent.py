@@ -1724,9 +1724,14 @@ class EngineClient:
         return _document(*self.get(path))
 
     def _connect(self, until: float) -> None:
-        refused = None
+        refused: OSError | None = None
+        other: OSError | None = None
         for family, kind, protocol, _, address in _look_up(self._host, self._port, until):
-            found = socket.socket(family, kind, protocol)
+            try:
+                found = socket.socket(family, kind, protocol)
+            except OSError as error:  # this host does not have that family
+                other = other or error
+                continue
             try:
                 found.settimeout(_left(until))
                 found.connect(address)
@@ -1736,12 +1741,17 @@ class EngineClient:
             except ConnectionRefusedError as error:
                 found.close()
                 refused = error
+            except OSError as error:  # another address may be reached
+                found.close()
+                other = other or error
             except BaseException:
                 found.close()
                 raise
             else:
                 self._socket = found
                 return
+        if other is not None:
+            raise other
         raise RefusedConnection(_why(refused) if refused else "the name has no address")
 
     def _answer(self, received: bytearray, until: float) -> tuple[int, bytes]:

@@ -891,6 +891,27 @@ class AskingOverHttp(unittest.TestCase):
             EngineClient("http://engine.invalid").get("/")
         self.assertNotIsInstance(caught.exception, RefusedConnection)
 
+    def test_of_several_addresses_one_that_cannot_be_reached_does_not_hide_one_that_can(self) -> None:
+        def serve(connection: socket.socket) -> None:
+            request(connection)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nyes")
+
+        with server(serve) as url:
+            port = int(url.rsplit(":", 1)[1])
+            way = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+            # An address that no stream is sent to, a family that cannot be, and the engine's.
+            found = [
+                (socket.AF_INET, *way, ("255.255.255.255", port)),
+                (-7, *way, ()),
+                (socket.AF_INET, *way, ("127.0.0.1", port)),
+            ]
+            with mock.patch.object(engine_agent, "_look_up", return_value=found):
+                self.assertEqual(EngineClient("http://engine").get("/"), (200, b"yes"))
+            with mock.patch.object(engine_agent, "_look_up", return_value=found[:2]):
+                with self.assertRaises(NoAnswer) as caught:
+                    EngineClient("http://engine").get("/")
+                self.assertNotIsInstance(caught.exception, RefusedConnection)
+
     def test_a_name_server_that_does_not_answer_is_not_waited_for_longer_than_an_engine(self) -> None:
         ended = threading.Event()
         self.addCleanup(ended.set)
