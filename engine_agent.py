@@ -2013,22 +2013,21 @@ class LoadTracking:
     Without it 0 is said for ever, so that it is known as soon as the engine is busy.
     """
 
+    UNKNOWN_EVERY_S = 0.3  # while the engine is idle: a hang is seen in time all the same
+
     def __init__(self) -> None:
         self.counts: bool | None = None
         self._asked_at = -math.inf
-        self._asks = False
         self._busy_zeros = 0  # answers while the engine was busy
 
-    def is_due_if_idle(self) -> bool:
-        """Whether the next look asks, should the engine be idle."""
-        return bool(self.counts) or (self.counts is None and not self._asks)
+    def is_due_if_idle(self, now: float) -> bool:
+        """Whether this look asks, should the engine be idle."""
+        return bool(self.counts) or (self.counts is None and now - self._asked_at >= self.UNKNOWN_EVERY_S)
 
     def is_due(self, busy: bool, ranks: int, now: float) -> bool:
         """Whether this look asks."""
         if self.counts is None:
-            # While it is idle, every second time: a hang is seen in time all the same.
-            self._asks = busy or not self._asks
-            return self._asks
+            return busy or self.is_due_if_idle(now)
         if self.counts is False:
             return now - self._asked_at >= 60.0
         return not busy or ranks > 1
@@ -2081,7 +2080,7 @@ class VllmAdapter(Adapter):
     # Enough while the engine is idle, and half as dear; every STATIC_EVERY_S and FULL_EVERY_S more is asked for.
     IDLE = (*MOVING[:4], "vllm:engine_sleep_state")
     FULL_EVERY_S = 2.0
-    LOADS_ALONE = 2  # turns after one with a page, in which an engine that fell asleep does not show
+    PAGE_EVERY_S = 0.5  # at least: /load alone does not show that it fell asleep
     STATIC = ("vllm:cache_config_info",)
     STATIC_EVERY_S = 10.0  # a kilobyte that hardly ever changes
     # Its gauges go on for seconds after its core died, and read idle; /health knows.
@@ -2094,7 +2093,7 @@ class VllmAdapter(Adapter):
         self._idle = False  # at the last look
         # What was idle is asked for the requests of its front end alone for some turns: that costs half.
         self._idle_look: Look | None = None
-        self._loads_alone = 0
+        self._page_at = -math.inf
         self._full_at = -math.inf
         self._static_at = -math.inf
         self._blocks: int | None = None
@@ -2118,13 +2117,13 @@ class VllmAdapter(Adapter):
         """See Adapter."""
         now = time.monotonic()
         look, self._idle_look = self._idle_look, None
-        load = None if look is None else self._load()
-        if look is not None and load == 0:
-            self._loads_alone += 1
-            if self._loads_alone < self.LOADS_ALONE:
+        load = None
+        if look is not None and now - self._page_at < self.PAGE_EVERY_S:
+            load = self._load()
+            if load == 0:
                 self._idle_look = look
-            return Look(look.readings, at(), 0, lacks_ranks=look.lacks_ranks)
-        look = None
+                return Look(look.readings, at(), 0, lacks_ranks=look.lacks_ranks)
+        look, self._page_at = None, now
         self._ahead.clear()
         asked_at = None
         if self._idle and self._filtered:
@@ -2150,7 +2149,6 @@ class VllmAdapter(Adapter):
         self._idle_look = (
             look if self.tracking.counts and self._idle and not look.asleep and look.in_flight == 0 else None
         )
-        self._loads_alone = 0
         return look
 
     def _ask_ahead(self, names: Iterable[str], now: float) -> None:
@@ -2158,7 +2156,7 @@ class VllmAdapter(Adapter):
         paths = [self._filter(names)]
         if now - self._health_asked_at >= self.HEALTH_EVERY_S:
             paths.append("/health")
-        if self.tracking.is_due_if_idle():
+        if self.tracking.is_due_if_idle(now):
             paths.append("/load")
         self._ahead = dict(zip(paths, self.client.get_all(*paths), strict=True))
 

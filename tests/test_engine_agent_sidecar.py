@@ -159,8 +159,10 @@ class Vllm(unittest.TestCase):
         self.client = Client({"/metrics/": vllm_page(0, 0, 0), "/load": {"server_load": 0}})
         self.adapter = VllmAdapter(self.client)
 
+    interval_s = 0.2
+
     def look(self, **answers: Any) -> Look:
-        self.clock.move(0.2)
+        self.clock.move(self.interval_s)
         self.client.answers.update({"/" + name.replace("_", "/"): answer for name, answer in answers.items()})
         self.client.asked.clear()
         return self.adapter.look(lambda: Proof(self.clock.now, int(self.clock.now * 1000)))
@@ -205,6 +207,23 @@ class Vllm(unittest.TestCase):
         self.assertEqual(len([one for one in asked if one == "/load"]), 9)
         self.assertEqual(len([one for one in asked if one.startswith("/metrics")]), 3)
         self.assertTrue(any(self.look(metrics_=vllm_page(0, 0, 2, awake=0)).asleep for _ in range(3)))
+
+    def test_with_a_long_interval_no_look_at_an_idle_engine_misses_that_it_sleeps_or_has_requests(self) -> None:
+        self.interval_s = 2.0
+        self.look()
+        self.assertEqual(self.look(load={"server_load": 2}).in_flight, 2, "whether it counts was not known")
+        for _ in range(4):
+            self.look(load={"server_load": 0})
+        self.assertTrue(self.look(metrics_=vllm_page(0, 0, 0, awake=0)).asleep)
+
+    def test_with_a_short_interval_an_idle_engine_is_not_asked_for_more_pages(self) -> None:
+        self.interval_s = 0.02
+        self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3})
+        asked: list[str] = []
+        for _ in range(100):
+            self.assertEqual(self.look(metrics_=vllm_page(0, 0, 2), load={"server_load": 0}).in_flight, 0)
+            asked += self.client.asked
+        self.assertLessEqual(len([one for one in asked if one.startswith("/metrics")]), 5)
 
     def test_load_that_is_not_tracked_is_not_asked_for_any_more(self) -> None:
         self.look(metrics_=vllm_page(3, 0, 1))
