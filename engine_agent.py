@@ -2093,12 +2093,12 @@ class VllmAdapter(Adapter):
         self._idle = False  # at the last look
         # What was idle is asked for the requests of its front end alone for some turns: that costs half.
         self._idle_look: Look | None = None
-        self._page_at = -math.inf
         self._full_at = -math.inf
         self._static_at = -math.inf
         self._blocks: int | None = None
         self._ranks = 0
         self._steps: dict[str, Counted | None] = {}  # of each rank, at the last look at all
+        self._left_alone: tuple[float, dict[str, Counted | None]] | None = None  # when requests were, and these steps
         self.tracking = LoadTracking()
         self._health_asked_at = -math.inf
         self._ahead: dict[str, tuple[int, bytes]] = {}  # answers of this look that were asked for in advance
@@ -2118,12 +2118,12 @@ class VllmAdapter(Adapter):
         now = time.monotonic()
         look, self._idle_look = self._idle_look, None
         load = None
-        if look is not None and now - self._page_at < self.PAGE_EVERY_S:
+        if look is not None and now - look.at.at < self.PAGE_EVERY_S:
             load = self._load()
             if load == 0:
                 self._idle_look = look
                 return Look(look.readings, at(), 0, lacks_ranks=look.lacks_ranks)
-        look, self._page_at = None, now
+        look = None
         self._ahead.clear()
         asked_at = None
         if self._idle and self._filtered:
@@ -2144,7 +2144,14 @@ class VllmAdapter(Adapter):
         if self.tracking.is_due(not idle, len(look.readings), now):
             look.in_flight = self._load()
             self.tracking.learn(not idle, look)
-        self._idle = idle and not look.in_flight
+        if idle and look.in_flight:
+            self._left_alone = (now, dict(self._steps))
+        elif self._left_alone is not None:
+            at_s, steps = self._left_alone
+            if self._steps != steps or now - at_s >= Prover.FORGIVEN_AFTER_S:
+                self._left_alone = None
+        # As long as a request was left alone, a single step is to be seen with the next look.
+        self._idle = idle and not look.in_flight and self._left_alone is None
         # Without tracking, 0 says nothing.
         self._idle_look = (
             look if self.tracking.counts and self._idle and not look.asleep and look.in_flight == 0 else None

@@ -343,6 +343,23 @@ class Vllm(unittest.TestCase):
         (one,) = self.look(metrics_=bare).readings
         self.assertEqual((one.free, one.total, one.step_times, one.tokens), (-1, -1, None, None))
 
+    def test_one_step_behind_a_hang_is_seen_with_the_next_look_though_its_clients_gave_up(self) -> None:
+        agent, sent = self.agent()
+        agent.saw(self.look(metrics_=vllm_page(3, 0, 1), load={"server_load": 3}))
+        for _ in range(8):
+            agent.saw(self.look(metrics_=vllm_page(0, 0, 2), load={"server_load": 0}))
+        for waiting in (2, 0):
+            for _ in range(13):
+                agent.saw(self.look(load={"server_load": waiting}))
+            self.assertEqual(sent[-1]["phase"], STUCK)
+        agent.saw(self.look(metrics_=vllm_page(0, 0, 3)))  # one came and went between two looks
+        self.assertEqual(sent[-1]["phase"], SERVING)
+        asked = []
+        for _ in range(4):
+            self.assertEqual(self.look().in_flight, 0)
+            asked.append(list(self.client.asked))
+        self.assertIn(["/load"], asked, "all is well again: it is asked for less")
+
     FRESH = "".join(
         line + "\n"
         for line in vllm_page(0, 0, 0, engines=("0", "1")).splitlines()
