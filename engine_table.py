@@ -1760,7 +1760,7 @@ class EngineTable:
     def _keep(self) -> None:
         """Look for what grew old, and call the callbacks, until the table is closed."""
         notice_at = float("-inf")
-        changes, last = self._changes, self._clock()
+        changes, last = self._changes, float("-inf")  # this thread may begin late, when something is old already
         while not self._closed:
             if changes.is_to_be_told.wait(KEEPER_S):
                 changes.is_to_be_told.clear()

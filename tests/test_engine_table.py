@@ -499,6 +499,22 @@ class Freshness(TableCase):
         self.clock.move(4.0)
         wait_until("it to be removed", lambda: len(table) == 0)
 
+    def test_a_thread_that_begins_late_finds_what_is_old_by_then(self) -> None:
+        gateway, begin, keep = self.gateway("a"), threading.Event(), EngineTable._keep
+
+        def keep_late(table: EngineTable) -> None:
+            begin.wait(DEADLINE_S)
+            keep(table)
+
+        with mock.patch.object(EngineTable, "_keep", keep_late):
+            table = self.table(gateway)
+        self.addCleanup(begin.set)
+        gateway.close()
+        wait_until("the connection to be gone", lambda: not table.gateways()[0].connected)
+        self.clock.move(6.1)
+        begin.set()
+        wait_until("it to be removed", lambda: len(table) == 0)
+
     def test_what_a_gateway_that_is_there_speaks_of_is_never_removed(self) -> None:
         gateway = self.gateway("a")
         table = self.table(gateway)
