@@ -1436,7 +1436,7 @@ class EngineTable:
         entries = [entry for entry in map(self._engines.get, some) if entry is not None and entry._is_live(now)]
         known = [work for work in (entry.seconds_of_work for entry in entries) if work is not None]
         usual = statistics.median(known) if known else 0.0
-        self._usual = usual
+        self._usual = usual if entries else None  # of nobody nothing is usual: the first ones are looked at at once
         return usual
 
     def __iter__(self) -> Iterator[Entry]:

@@ -862,6 +862,18 @@ class Choosing(TableCase):
         self.assertEqual(self.ids(table.usable()), set(loads))
         self.assertEqual(self.ids(table.live()), {*loads, "beats"})
 
+    def test_unknown_is_not_idle_either_when_the_first_engines_have_just_come(self) -> None:
+        """The usual load is looked for while nobody is there; then the first ones are chosen from at once."""
+        gateway = self.gateway()
+        table = self.table(gateway)
+        table._look_for_usual()
+        self.heard(table, gateway, "usual", pending_tokens_total=500)
+        self.heard(table, gateway, "busy", pending_tokens_total=90_000)
+        self.heard(table, gateway, "idle", pending_tokens_total=0)
+        self.heard(table, gateway, "beats", pending_tokens_total=0, engine_capacity=0.0, heartbeat=True)
+        chosen = self.chosen(table, where=lambda entry: entry.engine_id in ("beats", "idle"))
+        self.assertEqual(chosen, {"idle"})
+
     def test_where_nothing_is_known_any_may_be_chosen(self) -> None:
         gateway = self.gateway()
         gateway.engines = {name: gateway.entry(name, heartbeat=True) for name in "ab"}
