@@ -424,7 +424,9 @@ class InsideVllm(unittest.TestCase):
         # Of several API servers vLLM kills each a few ms after its SIGTERM: whoever waits for a thread comes too late.
         logger = self.made(vllm_config=config(), engine_indexes=[0])
         self.state(SERVING)
-        with mock.patch.object(logger._agent, "_wake", mock.Mock(spec=threading.Event())):
+        # On a busy machine a look may take longer than it is usually waited for.
+        patient = mock.patch.object(PluginAgent, "MOST_WAIT_S", 30.0)
+        with patient, mock.patch.object(logger._agent, "_wake", mock.Mock(spec=threading.Event())):
             logger._agent.end()
             self.gateway.setblocking(False)
             phases = []
