@@ -349,7 +349,7 @@ class Trial:
     def busy(self) -> str:
         """Of 16 requests of 300 letters 4 run and 12 wait: every number of that is known."""
         begin = time.time()
-        with clients(self.server, 16, 300, 400):
+        with clients(self.server, 16, 300, 800):
 
             def full(state: dict[str, Any]) -> bool:
                 return bool(state["num_requests_running"] == MOST_RUNNING and state["num_requests_waiting"] == 12)
@@ -357,18 +357,19 @@ class Trial:
             took = self.both("4 run and 12 wait", begin, full, 30)
         exact = close = estimated = 0
         for name in (PLUGIN, SIDECAR):
-            for _, state in self.ears.since(begin, name):
-                if state["phase"] != "serving" or not full(state):
-                    continue
+            told = [one for one in self.ears.since(begin, name) if one[1]["phase"] == "serving" and full(one[1])]
+            # What another API server has in hand, the first one is told with that one's next interval.
+            told_all = told[0][0] + (0.0 if self.servers == 1 else 0.5)
+            for at, state in told:
                 used = BLOCKS - state["kv_cache_free_blocks"]
-                assert MOST_RUNNING * 3 <= used <= MOST_RUNNING * -(-700 // BLOCK), state
+                assert MOST_RUNNING * 3 <= used <= MOST_RUNNING * -(-1100 // BLOCK), state
                 assert 0 < state["latency_pred_ms"] < 5000, state
-                if name == PLUGIN:
+                if name == PLUGIN and at >= told_all:
                     # Of another API server's requests it knows what that said last: one may be on its way.
                     assert abs(state["pending_tokens_total"] - 12 * 300) <= 300 * (self.servers - 1), state
                     exact += state["pending_tokens_total"] == 12 * 300
                     close += 1
-                else:
+                elif name == SIDECAR:
                     estimated += 1
         assert exact > close / 2 and estimated, (exact, close, estimated)
         capacity = self.ears.since(begin, PLUGIN)[-1][1]["engine_capacity"]
