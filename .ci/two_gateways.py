@@ -136,7 +136,8 @@ class Waiting:
     """How long something may have waited for a core on its way through the trial's processes, within the last WITHIN_S.
 
     Linux says of each thread how long it waited, and adds that when the wait is over: what one wait took is in one
-    tenth of a second. Two are added up, since a state goes through several processes.
+    tenth of a second. Two are added up, since a state goes through several processes. What the host of a virtual
+    machine kept from it is in no thread's account, and added.
     """
 
     EVERY_S = 0.1
@@ -158,10 +159,17 @@ class Waiting:
             ):
                 with contextlib.suppress(OSError, IndexError):  # it ended meanwhile
                     found[str(task)] = int((task / "schedstat").read_text().split()[1])
+            found["the host"] = self._stolen_ns()
             before = self._before or found
             self._waited.append(sum(waited - before.get(task, 0) for task, waited in found.items()) / 1e9)
             self._before = found
         return sum(sorted(self._waited)[-2:])
+
+    @staticmethod
+    def _stolen_ns() -> int:
+        """For how long a virtual machine's cores were wanted, and its host had others to serve."""
+        ticks = Path("/proc/stat").read_text().split()[8]
+        return int(ticks) * 10**9 // os.sysconf("SC_CLK_TCK")
 
 
 class Shown:
