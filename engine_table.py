@@ -2499,6 +2499,8 @@ def _next_of(changed: queue.SimpleQueue[frozenset[str]]) -> frozenset[str]:
     while True:
         with contextlib.suppress(queue.Empty):
             return changed.get(timeout=0.5)
+        if not hasattr(select, "poll"):  # Windows: it is found with the next line
+            continue
         output = select.poll()
         output.register(sys.stdout, 0)
         if output.poll(0):  # POLLERR, POLLHUP or POLLNVAL, which are always looked for

@@ -274,9 +274,8 @@ class StateGateway:
         """
         in_handler = self.embedded and threading.current_thread() is threading.main_thread()  # or it may be in one
         if in_handler and not self._threads.is_inherited:
-            stopping = threading.Thread(
-                target=self._stop, name="gateway-shutdown", daemon=True
-            )  # waits for locks there
+            # Locks that this thread may hold are waited for in another one.
+            stopping = threading.Thread(target=self._stop, name="gateway-shutdown", daemon=True)
             try:
                 stopping.start()
             except (RuntimeError, MemoryError):  # at the interpreter's end there are no new threads

@@ -20,7 +20,6 @@ import itertools
 import os
 import random
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from bench import wait_ready
 
 TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
@@ -211,30 +212,18 @@ def cpu_of(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
 
 
-def gateway(folder: str) -> tuple[subprocess.Popen[str], int]:
+def gateway(folder: str) -> tuple[subprocess.Popen[bytes], int]:
     """A real gateway, ready; returns it with its port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
-    names = {"UDP_PORT": str(port), "BIND_ADDRESS": "127.0.0.1", "ENABLE_LOG": "false", "STATS_INTERVAL": "0"}
+    names = {"UDP_PORT": "0", "BIND_ADDRESS": "127.0.0.1", "ENABLE_LOG": "false", "STATS_INTERVAL": "0"}
     environ = {**os.environ, **{"VLLM_STATE_GATEWAY_" + name: value for name, value in names.items()}}
     started = subprocess.Popen(
-        [sys.executable, str(TOP / "gateway.py")], env=environ, cwd=folder, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(TOP / "gateway.py")], env=environ, cwd=folder, stderr=subprocess.PIPE
     )
-    ready = threading.Event()
-    threading.Thread(target=read_log, args=(started, ready), daemon=True).start()
-    if not ready.wait(30) or started.poll() is not None:
+    try:
+        return started, wait_ready(started)
+    except BaseException:
         started.kill()
-        raise SystemExit("a gateway was awaited for 30 s, and did not start")
-    return started, port
-
-
-def read_log(started: subprocess.Popen[str], ready: threading.Event) -> None:
-    """Read what a gateway logs to its end; `ready` is set when it is ready, or ended."""
-    assert started.stderr is not None
-    for line in started.stderr:
-        if "network mode:" in line:
-            ready.set()
-    ready.set()
+        raise
 
 
 def bench_reach(quick: bool) -> None:

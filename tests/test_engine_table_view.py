@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import queue
 import re
 import select
 import signal
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import termios
-import threading
 import time
 import unittest
 from collections.abc import Iterator
@@ -439,6 +439,13 @@ class Printed(unittest.TestCase):
                 self.assertEqual(process.wait(DEADLINE_S), 1)
                 self.assertEqual(process.stderr.read(), b"")
 
+    def test_where_an_output_cannot_be_polled_a_change_is_waited_for_all_the_same(self) -> None:
+        """On Windows, which has no poll()."""
+        changed = mock.Mock()
+        changed.get.side_effect = [queue.Empty, frozenset("a")]
+        with mock.patch.object(engine_table, "select", mock.Mock(spec=["select"])):
+            self.assertEqual(engine_table._next_of(changed), {"a"})
+
     def test_a_token_that_is_replaced_is_read_again(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "token")
@@ -447,10 +454,7 @@ class Printed(unittest.TestCase):
                 command = [sys.executable, PROGRAM, "--json", "--token-file", str(path)]
                 command += ["--timeout", str(DEADLINE_S), f"http://127.0.0.1:{running.http_port}"]
                 running.send(datagram(engine_id="a"))
-                with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as process:
-                    late = threading.Timer(2 * DEADLINE_S, process.kill)  # so that its output ends
-                    late.start()
-                    self.addCleanup(late.cancel)
+                with child(command, stdout=subprocess.PIPE, env=clean_environment()) as process:
                     assert process.stdout is not None
                     self.assertEqual(json.loads(process.stdout.readline())["engine_id"], "a")
                     path.write_text("another-token-0123\n")
@@ -458,7 +462,6 @@ class Printed(unittest.TestCase):
                     running.send(datagram(engine_id="b"))
                     while json.loads(process.stdout.readline())["engine_id"] != "b":
                         pass
-                    process.kill()
 
     def test_where_nobody_is_it_says_so(self) -> None:
         done = self.run_program("http://127.0.0.1:1", "--once", "--timeout", "0.5")

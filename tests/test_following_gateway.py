@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import unittest
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from start_errors import StartError
 from tests.harness import (
     DEADLINE_S,
     TOP,
+    Daemon,
     again_and_again,
     clean_environment,
     daemon,
@@ -218,42 +220,39 @@ class InOneProcess(unittest.TestCase):
             with self.assertRaisesRegex(StartError, "in use.*HTTP_PORT=off there is nobody to ask"):
                 self.get(HTTP_PORT="off")
 
-    def test_it_reads_with_a_token(self) -> None:
+    @contextlib.contextmanager
+    def followed_with_tokens(self, text: str) -> Iterator[tuple[Path, Daemon, FollowingGateway]]:
+        """The tokens' file, the daemon that asks for them and knows an engine, and who follows it with the first."""
         with tempfile.NamedTemporaryFile("w") as file:
-            file.write("0123456789abcdef\nanother-token-0123\n")
+            file.write(text)
             file.flush()
             with daemon(**self.settings, HTTP_TOKENS_FILE=file.name) as running:
                 running.send(datagram(engine_id="a"))
                 gateway = self.get(HTTP_TOKENS_FILE=file.name)
                 wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
-                self.assertEqual(gateway.get_stats()["total_received"], 1)
+                yield Path(file.name), running, gateway
+
+    def test_it_reads_with_a_token(self) -> None:
+        with self.followed_with_tokens("0123456789abcdef\nanother-token-0123\n") as (_, _, gateway):
+            self.assertEqual(gateway.get_stats()["total_received"], 1)
 
     def test_it_goes_on_with_the_tokens_that_replace_its_own(self) -> None:
         """The daemon reads them at SIGHUP and ends streams of old ones; a worker has no signal, and looks itself."""
-        with tempfile.NamedTemporaryFile("w") as file:
-            file.write("0123456789abcdef\n")
-            file.flush()
-            with daemon(**self.settings, HTTP_TOKENS_FILE=file.name) as running:
-                running.send(datagram(engine_id="a"))
-                gateway = self.get(HTTP_TOKENS_FILE=file.name)
-                assert isinstance(gateway, FollowingGateway)
-                wait_until("a to be known", lambda: gateway.get_total_engines_count() == 1)
-                file.seek(0)
-                file.write("another-token-0123\n")
-                file.flush()
-                self.assertEqual(gateway._other.tokens(), ("0123456789abcdef", "another-token-0123"))
-                self.assertEqual(gateway.get_stats()["http"]["unauthorized"], 0)  # no guess, while the old one is right
-                running.signal(signal.SIGHUP)
+        with self.followed_with_tokens("0123456789abcdef\n") as (tokens, running, gateway):
+            tokens.write_text("another-token-0123\n")
+            self.assertEqual(gateway._other.tokens(), ("0123456789abcdef", "another-token-0123"))
+            self.assertEqual(gateway.get_stats()["http"]["unauthorized"], 0)  # no guess, while the old one is right
+            running.signal(signal.SIGHUP)
 
-                def knows_b() -> bool:
-                    running.send(datagram(engine_id="b"))
-                    return "b" in gateway.get_engine_states_dict()
+            def knows_b() -> bool:
+                running.send(datagram(engine_id="b"))
+                return "b" in gateway.get_engine_states_dict()
 
-                wait_until("it to be followed with the new one", knows_b)
-                wait_until(
-                    "the old one to be forgotten",
-                    lambda: gateway.get_stats() and gateway._other.tokens() == ("another-token-0123",),
-                )
+            wait_until("it to be followed with the new one", knows_b)
+            wait_until(
+                "the old one to be forgotten",
+                lambda: gateway.get_stats() and gateway._other.tokens() == ("another-token-0123",),
+            )
 
 
 class Worker:
